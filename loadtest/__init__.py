@@ -1,0 +1,1 @@
+"""Load tests: open-loop load, faults, checks and a report per shard."""

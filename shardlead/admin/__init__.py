@@ -1,0 +1,1 @@
+"""Health, metrics and map of a role, on a port of its own."""

@@ -1,0 +1,1 @@
+"""The loop that keeps leadership even: looks, plans, writes wishes."""

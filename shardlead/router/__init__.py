@@ -1,0 +1,1 @@
+"""A process that sends each request to its shard's leader."""

@@ -1,0 +1,1 @@
+"""A process that leads shards and serves their requests."""

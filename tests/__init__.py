@@ -1,0 +1,1 @@
+"""The tests of shardlead; `python -m tests` is the whole check."""
