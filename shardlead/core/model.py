@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 PROTOCOL: Final = 1
-SHARDS_MAX: Final = 100_000
+SHARDS_MAX: Final = 32_768  # 16 slots each, two bytes a slot: the table still fits one etcd request (1 MiB of 1.5)
 GENERATION_MAX: Final = 31  # keeps an epoch below 2**53: exact in JSON, in JavaScript and in a signed 64-bit column
 REVISION_BITS: Final = 48
 REVISION_MASK: Final = (1 << REVISION_BITS) - 1
@@ -80,7 +80,7 @@ class LeaderRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class PastLeader(Record):
+class PastLeader:
     """One earlier leadership in a shard's history."""
 
     worker: str
