@@ -19,7 +19,9 @@
     │   ├── NotLeading         this worker does not lead that shard under that epoch
     │   ├── LeadershipLost     it did, and its lease or epoch has ended
     │   ├── Fenced             the resource has registered a newer epoch
-    │   └── EpochRegressed     the resource knows an epoch from the store's future: a restore without `generation raise`
+    │   ├── EpochRegressed     the resource knows an epoch from the store's future: a restore without `generation raise`
+    │   └── WriteUnknown       the resource did not say whether a fenced write was applied
+    ├── ResourceUnavailable    the fenced resource did not answer in time; nothing was written
     ├── RequestError           a request whose key or framing cannot be used
     └── CommandError           an operator's command that cannot be carried out
 
@@ -215,6 +217,25 @@ class EpochRegressed(LeadershipError):
             f"Either a newer leader exists already, or the store was restored from a backup: "
             f"then stop all workers and run `shardlead generation raise`",
         )
+
+
+class WriteUnknown(LeadershipError):
+    """The resource did not say whether a fenced write was applied. It may be, but only while no newer leader's
+    barrier was: read back, or give the leadership a new epoch and load again."""
+
+    def __init__(self, shard: int, epoch: int, reason: str) -> None:
+        self.reason = reason
+        super().__init__(shard, epoch, f"write of shard {shard} under epoch {epoch} has an unknown outcome: {reason}")
+
+
+class ResourceUnavailable(ShardleadError):
+    """The fenced resource did not answer in time or cannot be used; nothing was written."""
+
+    is_retryable = True
+
+    def __init__(self, resource: str, reason: str) -> None:
+        self.resource, self.reason = resource, reason
+        super().__init__(f"{resource}: {reason}; nothing was written")
 
 
 class RequestError(ShardleadError):
