@@ -1,0 +1,372 @@
+"""A worker's session: one lease, its deadline, and the record that makes its name unique among the living.
+
+    opening ──T0──▸ active ──deadline passed──▸ suspended ──renewed, then T3 confirmed──▸ active
+                       └───────── lease gone, record gone, evicted ─────────▸ lost
+
+Law: protocol.md A.3 (T0, T2, T3) and A.4. The guard is a synchronous comparison of the boot-time clock with the
+deadline, at the point of use; the tasks here renew and wake, they never decide. Renewals run on the loop that does
+the work, on purpose: a loop that is stalled must lose its lease. A session that is lost stays lost.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.config import LeaseSettings
+from shardlead.core import lease as lease_rules
+from shardlead.core.keyspace import Keyspace, decode, encode
+from shardlead.core.lease import Active, Lost, Suspended, Terms
+from shardlead.core.model import WorkerRecord
+from shardlead.errors import KeyspaceError, LeaseGone, NameTaken, StoreError, StoreUnavailable
+from shardlead.store.base import (
+    Committed,
+    Compare,
+    Conflict,
+    Delete,
+    KeyValue,
+    Put,
+    Range,
+    RangeResult,
+    Store,
+    Txn,
+    Unknown,
+    absent,
+    leased_by,
+    modified_at,
+)
+
+log = logging.getLogger("shardlead.session")
+
+NAME_WAIT_EXTRA_S: Final = 5.0  # a taken name is waited for TTL + this long
+RETRY_S: Final = 0.1  # first pause after a failed renewal; doubles to RETRY_MAX_S
+RETRY_MAX_S: Final = 1.0
+WATCHMAN_S: Final = 0.5  # how often the clocks are compared with each other
+WALL_JUMP_S: Final = 0.25  # a wall clock that runs ahead by more: this machine may have been held still (A.4)
+CONFIRM_JITTER_S: Final = 0.2
+CONFIRM_PAUSE_S: Final = 1.0  # T3 at most once a second
+CLOSE_TIMEOUT_S: Final = 3.0
+
+
+def terms_of(settings: LeaseSettings) -> Terms:
+    """The deadline's terms that the settings ask for."""
+    return Terms(drift=settings.drift, margin_s=settings.margin_s)
+
+
+class Session:
+    """One lease of this process, from T0 (`open_session`) to its loss or `close`.
+
+    `on_change` is called synchronously at each change between active, suspended and lost. `confirm` is T3: it says
+    True (the record is ours), False (it is not: the session is lost) or None (not known).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keyspace: Keyspace,
+        settings: LeaseSettings,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        name: str,
+        sid: str,
+        lease: int,
+        ttl_s: int,
+        sent_ns: int,
+        record: WorkerRecord | None = None,
+        create_revision: int = 0,
+        meta_revision: int = 0,
+    ) -> None:
+        self.name = name
+        self.sid = sid
+        self.lease = lease
+        self.ttl_s = ttl_s
+        self.record = record
+        self.create_revision = create_revision
+        self.meta_revision = meta_revision
+        self.terms = terms_of(settings)
+        self.on_change: Callable[[lease_rules.State], None] = lambda _state: None
+        self.confirm: Callable[[], Awaitable[bool | None]] | None = None
+        self._store = store
+        self._keyspace = keyspace
+        self._settings = settings
+        self._clock = clock
+        self._rng = rng
+        self._state: lease_rules.State = lease_rules.opened(sent_ns, ttl_s, self.terms)
+        self._guard_ns = self._state.deadline_ns if isinstance(self._state, Active) else 0
+        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Session {self.name} sid={self.sid} {type(self._state).__name__} {self.remaining_s():.2f} s left>"
+
+    # --- the guard ---
+
+    @property
+    def state(self) -> lease_rules.State:
+        return self._state
+
+    @property
+    def is_active(self) -> bool:
+        """Not suspended, not lost, and the deadline has not passed this instant."""
+        return self.is_valid()
+
+    @property
+    def is_lost(self) -> bool:
+        return isinstance(self._state, Lost)
+
+    def is_valid(self, need_s: float = 0.0) -> bool:
+        """The guard: may an act that takes effect within `need_s` seconds begin now? One clock read, no await."""
+        return self._clock.now_ns() + int(need_s * NS_PER_S) < self._guard_ns
+
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; negative after it, and when not active."""
+        return (self._guard_ns - self._clock.now_ns()) / NS_PER_S if self._guard_ns else -1.0
+
+    # --- verdicts from outside ---
+
+    def lose(self, reason: str) -> None:
+        """A verdict: the session is over (evicted, record gone, another's)."""
+        self._set(lease_rules.lost(self._state, reason))
+
+    def doubt(self, reason: str) -> None:
+        """Something contradicts our picture: suspend until a renewal and T3 say otherwise."""
+        if isinstance(self._state, Active):
+            log.warning("session doubted", extra={"worker": self.name, "sid": self.sid, "reason": reason})
+        self._set(lease_rules.doubted(self._state, self._clock.now_ns()))
+
+    def guards(self) -> tuple[Compare, ...]:
+        """What every transaction of this session compares: its record is on its lease, meta is the one it knows."""
+        guards: tuple[Compare, ...] = (modified_at(self._keyspace.meta, self.meta_revision),)
+        if self.record is not None:
+            guards = (leased_by(self._keyspace.worker(self.name), self.lease), *guards)
+        return guards
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Renew until the session is lost; then return. Cancel to stop renewing (the lease then runs out)."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._renew_loop(), name=f"renew {self.sid}"),
+                group.create_task(self._watchman(), name=f"watchman {self.sid}"),
+                group.create_task(self._confirm_loop(), name=f"confirm {self.sid}"),
+            ]
+            while not self.is_lost:
+                await self._next_change()
+            for task in tasks:
+                task.cancel()
+
+    async def announce(self, record: WorkerRecord) -> bool:
+        """Rewrite our record (a new state, say). False if it is not ours any more or the outcome is not known."""
+        key = self._keyspace.worker(self.name)
+        txn = Txn((leased_by(key, self.lease),), (Put(key, encode(record), self.lease),))
+        try:
+            outcome = await self._store.commit(txn)
+        except StoreError:
+            return False
+        if isinstance(outcome, Committed):
+            self.record = record
+            return True
+        return False
+
+    async def close(self) -> None:
+        """Revoke the lease, which deletes all its keys in one revision. Bounded; a store that is away ends it anyway
+        by expiry. Lost or not, the session is over afterwards."""
+        self.lose("closed")
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._store.revoke(self.lease)
+        except LeaseGone:
+            pass
+        except (StoreError, TimeoutError) as exc:
+            log.warning("lease not revoked, it will expire", extra={"worker": self.name, "reason": str(exc)})
+
+    # --- tasks ---
+
+    async def _renew_loop(self) -> None:
+        pause_s = RETRY_S
+        await asyncio.sleep(self._renew_pause_s())
+        while not self.is_lost:
+            sent_ns = self._clock.now_ns()  # before the request is written: protocol.md A.4
+            try:
+                ttl_s = await self._store.renew(self.lease)
+            except LeaseGone:
+                self.lose("the store does not know the lease any more")
+                return
+            except StoreError as exc:
+                log.warning("renewal failed", extra={"worker": self.name, "reason": str(exc)})
+                await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, RETRY_MAX_S)
+                continue
+            pause_s = RETRY_S
+            self._set(lease_rules.renewed(self._state, sent_ns, ttl_s, self._clock.now_ns(), self.terms))
+            self._wake()
+            await asyncio.sleep(self._renew_pause_s())
+
+    def _renew_pause_s(self) -> float:
+        return self._settings.renew_interval_s * self._rng.uniform(0.9, 1.1)
+
+    async def _watchman(self) -> None:
+        """Wakes at the deadline so that loss is acted on in time; watches the clocks against each other."""
+        offset_s = self._clock.wall_s() - self._clock.now_ns() / NS_PER_S
+        while not self.is_lost:
+            now_ns = self._clock.now_ns()
+            self._set(lease_rules.lapsed(self._state, now_ns))
+            ahead_s = self._clock.wall_s() - now_ns / NS_PER_S - offset_s
+            if ahead_s > WALL_JUMP_S:
+                self.doubt(f"wall clock ran ahead by {ahead_s:.2f} s: this machine may have been held still")
+            offset_s += ahead_s
+            until_s = WATCHMAN_S
+            if isinstance(self._state, Active):
+                until_s = min(until_s, max(0.001, (self._state.deadline_ns - now_ns) / NS_PER_S))
+            await asyncio.sleep(until_s)
+
+    async def _confirm_loop(self) -> None:
+        """After a renewal that followed a suspension: T3, at most once a second."""
+        while not self.is_lost:
+            state = self._state
+            if not isinstance(state, Suspended) or self._clock.now_ns() >= state.renewed_until_ns:
+                await self._next_change()
+                continue
+            await asyncio.sleep(self._rng.uniform(0.0, CONFIRM_JITTER_S))
+            verdict = True if self.confirm is None else await self.confirm()
+            match verdict:
+                case False:
+                    self.lose("the worker's record is not ours any more")
+                case True:
+                    self._set(lease_rules.confirmed(self._state, state.renewed_until_ns, self._clock.now_ns()))
+                case None:
+                    pass
+            if isinstance(self._state, Suspended):
+                await asyncio.sleep(CONFIRM_PAUSE_S)
+
+    async def _next_change(self) -> None:
+        await self._changed.wait()  # no time-out: the watchman and the renewals set it, and run() is cancelled
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, asyncio.Event()
+        event.set()
+
+    def _set(self, state: lease_rules.State) -> None:
+        before, self._state = self._state, state
+        self._guard_ns = state.deadline_ns if isinstance(state, Active) else 0
+        if type(before) is not type(state):
+            self._log_change(state)
+            self._wake()
+            self.on_change(state)
+
+    def _log_change(self, state: lease_rules.State) -> None:
+        facts = {"worker": self.name, "sid": self.sid}
+        match state:
+            case Active():
+                log.info("session active", extra=facts)
+            case Suspended():
+                log.warning("session suspended: its deadline passed without a verdict", extra=facts)
+            case Lost(reason):
+                log.warning("session lost", extra={**facts, "reason": reason})
+
+
+async def open_session(
+    store: Store,
+    keyspace: Keyspace,
+    settings: LeaseSettings,
+    *,
+    clock: Clock,
+    rng: random.Random,
+    name: str,
+    record: WorkerRecord | None,
+    meta_revision: int,
+    on_wait: Callable[[KeyValue], None] = lambda _kv: None,
+) -> Session:
+    """T0: a fresh lease, and the worker's record on it if its name is free.
+
+    A taken name is waited for (`on_wait` is called once) for TTL + 5 s, then NameTaken is raised. `record.sid` is
+    filled in here. Without a record (a lone controller) the session is a lease alone. Raises StoreError.
+    """
+    until_ns = clock.now_ns() + int((settings.ttl_s + NAME_WAIT_EXTRA_S) * NS_PER_S)
+    is_told = False
+    while True:
+        if record is not None:
+            taken = await _holder(store, keyspace.worker(name))
+            if taken is not None:
+                if not is_told:
+                    is_told = True
+                    on_wait(taken)
+                if clock.now_ns() >= until_ns:
+                    raise _name_taken(name, taken)
+                await _wait_gone(store, taken, (until_ns - clock.now_ns()) / NS_PER_S)
+                continue
+        sent_ns = clock.now_ns()
+        grant = await store.grant(settings.ttl_s)
+        sid = f"{grant.lease:x}-{rng.getrandbits(32):08x}"
+        session = Session(
+            store,
+            keyspace,
+            settings,
+            clock=clock,
+            rng=rng,
+            name=name,
+            sid=sid,
+            lease=grant.lease,
+            ttl_s=grant.ttl_s,
+            sent_ns=sent_ns,
+            record=replace(record, sid=sid) if record is not None else None,
+            meta_revision=meta_revision,
+        )
+        if session.record is None or await _register(store, keyspace, session, session.record):
+            return session
+        await session.close()  # so that a late T0 of this lease fails; then begin again
+        if clock.now_ns() >= until_ns:
+            raise StoreUnavailable(f"worker {name!r} could not register within {settings.ttl_s} s")
+
+
+async def _register(store: Store, keyspace: Keyspace, session: Session, record: WorkerRecord) -> bool:
+    key = keyspace.worker(session.name)
+    txn = Txn(
+        (absent(key), modified_at(keyspace.meta, session.meta_revision)),
+        (Put(key, encode(record), session.lease), Delete(keyspace.eviction(session.name))),
+    )
+    match await store.commit(txn):
+        case Committed(revision):
+            session.create_revision = revision
+            return True
+        case Conflict():
+            return False
+        case Unknown():
+            holder = await _holder(store, key)
+            if holder is not None and holder.lease == session.lease:
+                session.create_revision = holder.create_revision
+                return True
+            return False
+
+
+async def _holder(store: Store, key: bytes) -> KeyValue | None:
+    result: RangeResult = await store.read(Range(key))
+    return result.kvs[0] if result.kvs else None
+
+
+async def _wait_gone(store: Store, holder: KeyValue, timeout_s: float) -> None:
+    """Until that record is deleted, at most so long; a watch that breaks ends the wait, the caller looks again."""
+    try:
+        async with (
+            asyncio.timeout(timeout_s),
+            store.watch(holder.key, b"", holder.mod_revision + 1) as batches,
+        ):
+            async for batch in batches:
+                if any(event.is_delete for event in batch.events):
+                    return
+    except TimeoutError:
+        return
+    except StoreError:
+        await asyncio.sleep(RETRY_S)
+
+
+def _name_taken(name: str, holder: KeyValue) -> NameTaken:
+    try:
+        other = decode(WorkerRecord, holder.key, holder.value)
+    except KeyspaceError:
+        return NameTaken(name, "an address that cannot be read", 0)
+    return NameTaken(name, other.address, other.pid)

@@ -1,0 +1,84 @@
+"""Whose turn it is: what a worker owes the fleet, from its own inbox and from who is there.
+
+Law: protocol.md A.3 "Who claims", "Orphans" and "Wants". Nothing here needs the controller to be alive. A claim of a
+shard that has a leader after all just loses, harmlessly; so these rules may be generous, never late.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from shardlead.core.fleet import Fleet
+from shardlead.core.model import Assignment
+
+RANK_STEP_S = 0.25  # the next in order waits so long for the one before it
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An assignment as it stands in this worker's inbox, with the revision it was written at."""
+
+    assignment: Assignment
+    mod_revision: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.assignment.order
+
+
+def claims_after_end(ended: str, orders: Mapping[int, Order], fleet: Fleet, me: str) -> dict[int, int]:
+    """`ended`'s session is over: shard -> this worker's rank among those whose turn it is now.
+
+    Every shard counts in whose order `ended` stands anywhere: it may have led it, or have been about to. `fleet` is
+    without the ended session; where its name lives again with a new one, that one does not count.
+    """
+    ranks: dict[int, int] = {}
+    for shard, order in orders.items():
+        if ended not in order.names or me not in order.names:
+            continue
+        candidates = fleet.eligible(name for name in order.names if name != ended)
+        if me in candidates:
+            ranks[shard] = candidates.index(me)
+    return ranks
+
+
+def takeovers(leaving: str, orders: Mapping[int, Order], fleet: Fleet, me: str) -> tuple[int, ...]:
+    """`leaving` is stopping: the shards of its orders for which this worker is the first eligible one, and so wants
+    them if `leaving` leads them."""
+    return tuple(
+        shard
+        for shard, order in orders.items()
+        if leaving in order.names and me in order.names and fleet.eligible(order.names)[:1] == (me,)
+    )
+
+
+def own_orders(orders: Mapping[int, Order], me: str) -> tuple[int, ...]:
+    """The shards whose order begins with this worker; tried once when its session starts."""
+    return tuple(shard for shard, order in orders.items() if order.names[:1] == (me,))
+
+
+def wanted(
+    orders: Mapping[int, Order], me: str, session_revision: int, held: Collection[int], fleet: Fleet
+) -> tuple[int, ...]:
+    """The shards that this worker is to lead and does not: its rank-0 orders written after its session began.
+
+    An older order counts as absent, so that a worker that comes back under its name claws nothing back.
+    """
+    if not fleet.is_up(me):
+        return ()
+    return tuple(
+        shard
+        for shard, order in orders.items()
+        if order.names[:1] == (me,) and order.mod_revision > session_revision and shard not in held
+    )
+
+
+def heirs(shard: int, order: Order | None, fleet: Fleet, me: str) -> tuple[str, ...]:
+    """Who a shard that this worker gives up is offered to, best first: its order's eligible, else rendezvous."""
+    named = fleet.eligible(name for name in (order.names if order else ()) if name != me)
+    others = tuple(name for name in fleet.ranked(shard) if name != me and name not in named)
+    return named + others
+
+
+def orphans(missing: Iterable[int], missing_before: Collection[int]) -> tuple[int, ...]:
+    """Shards without a leader at this tick and at the one before: nobody is about to claim them."""
+    return tuple(shard for shard in missing if shard in missing_before)
