@@ -6,8 +6,10 @@
     ├── RingError              a slot table that cannot be made or was damaged
     ├── StoreError
     │   ├── StoreUnavailable   no endpoint answered in time, or the store said "not now"
+    │   │   └── WatchSilent    a watch brought nothing for longer than the settings allow
     │   ├── StoreRejected      the store understood and refused
-    │   │   └── Compacted      the revision asked for is gone
+    │   │   ├── Compacted      the revision asked for is gone
+    │   │   └── StoreReplaced  another cluster answers than the one that answered before
     │   ├── LeaseGone          the lease does not exist (any more)
     │   └── WatchCanceled      the store ended a watch; load again
     ├── ClusterError
@@ -23,7 +25,8 @@
     │   └── WriteUnknown       the resource did not say whether a fenced write was applied
     ├── ResourceUnavailable    the fenced resource did not answer in time; nothing was written
     ├── RequestError           a request whose key or framing cannot be used
-    └── CommandError           an operator's command that cannot be carried out
+    ├── CommandError           an operator's command that cannot be carried out
+    └── ProcessFailed          a process that was started for tests or `shardlead dev` did not do its part
 
 Each class says with `is_retryable` whether the same call may succeed later without anybody changing anything.
 The text of an error says what happened, to which shard or worker, and what to do.
@@ -89,6 +92,10 @@ class StoreUnavailable(StoreError):
         super().__init__(f"store at {endpoint}: {reason}" if endpoint else f"store: {reason}")
 
 
+class WatchSilent(StoreUnavailable):
+    """A watch brought nothing for longer than the settings allow: broken, or its range is quiet. Open it again."""
+
+
 class StoreRejected(StoreError):
     """The store understood the request and refused it; sending it again will not help."""
 
@@ -104,6 +111,18 @@ class Compacted(StoreRejected):
     def __init__(self, compact_revision: int) -> None:
         self.compact_revision = compact_revision
         super().__init__(11, f"revision compacted up to {compact_revision}")
+
+
+class StoreReplaced(StoreRejected):
+    """Another cluster answers than the one that answered before; what we know of leases and epochs is not its own."""
+
+    def __init__(self, cluster_id: int, found: int) -> None:
+        self.cluster_id, self.found = cluster_id, found
+        super().__init__(
+            9,
+            f"cluster {found:x} answers where cluster {cluster_id:x} did before: the store was replaced, "
+            f"or the endpoints belong to different clusters",
+        )
 
 
 class LeaseGone(StoreError):
@@ -248,3 +267,11 @@ class RequestError(ShardleadError):
 
 class CommandError(ShardleadError):
     """An operator's command that cannot be carried out; the text says why and what to do."""
+
+
+class ProcessFailed(ShardleadError):
+    """A process that `shardlead dev` or a test started did not do its part. `output` is the end of what it printed."""
+
+    def __init__(self, process: str, reason: str, output: str) -> None:
+        self.process, self.reason, self.output = process, reason, output
+        super().__init__(f"{process} {reason}" + (f"; it said:\n{output}" if output else ""))
