@@ -171,9 +171,11 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """No answer that decides: the transaction was applied, was not, or is still on its way."""
+    """No answer that decides: the transaction was applied, was not, or is still on its way. Only with `is_sent`
+    false is it certain that it was not and will not be: nothing of it left, or each endpoint refused it unapplied."""
 
     reason: str
+    is_sent: bool = True
 
 
 Outcome = Committed | Conflict | Unknown
@@ -210,8 +212,8 @@ class WatchBatch:
     """One message of a watch: all of it is applied, or none.
 
     `revision` is the header's. While a watch catches up it runs *ahead* of the events, so a resume never uses it.
-    A batch without events is a progress message: everything up to `revision` was sent (only on servers that do
-    not let it overtake events: 3.4.25, 3.5.8 and later; see `StoreStatus.is_progress_trusted`).
+    A batch without events is a progress message: everything up to `revision` was sent. A store hands on only those
+    of servers that do not let them overtake events (3.4.25, 3.5.8 and later; see `StoreStatus.is_progress_trusted`).
     """
 
     revision: int
