@@ -192,7 +192,7 @@ class _Layers:
         said = name.removeprefix(ENVIRONMENT_PREFIX)
         near = get_close_matches(said, names, n=1, cutoff=0.55)
         close = names[near[0]] if near else next(iter(get_close_matches(said, others, n=1, cutoff=0.7)), "")
-        if "pass" in name.lower():
+        if re.search("pas|pwd|secret", name.lower()):
             value = "********"
         if close:
             hint = f"there is no such setting; did you mean {close}?"

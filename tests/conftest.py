@@ -1,0 +1,59 @@
+"""What holds for every test: which are left out when, and that a missing etcd is no excuse under CI."""
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests marked long, and long lists in full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests out unless they were asked for."""
+    if config.getoption("--long"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Whether the full lists are to be run (`python -m tests long`)."""
+    return bool(request.config.getoption("--long"))
+
+
+def is_ci() -> bool:
+    """Whether this run is the one that counts, where an etcd must be there."""
+    return os.environ.get("CI", "").lower() in {"1", "true", "yes"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under CI a skipped etcd test is a failed one."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and is_ci() and item.get_closest_marker("etcd"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under CI, where etcd must be there: {_reason(report)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Under CI a module that skips itself whole is a failure too."""
+    report = yield
+    if report.outcome == "skipped" and is_ci():
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} skipped itself under CI: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
