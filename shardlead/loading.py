@@ -19,7 +19,8 @@ from shardlead.config import SECTIONS, Rule, Settings, check
 from shardlead.errors import ConfigError, Problem
 
 ENVIRONMENT_PREFIX: Final = "SHARDLEAD_"
-OTHER_VARIABLES: Final = ("PARENT_", "DEMO_", "DEV_", "TEST_")
+OTHER_SECTIONS: Final = ", ".join(SECTIONS)
+_VARIABLES: Final = ("PARENT_", "DEMO_", "DEV_", "TEST_")
 """Variables with our prefix that are not settings: the parent's pipe, the demo's database, ..."""
 
 SECRETS: Final = frozenset({"store.password"})
@@ -93,6 +94,7 @@ def _hints() -> dict[str, Any]:
 HINTS: Final[Mapping[str, Any]] = _hints()
 """Every field by its dotted name, with its type and bounds."""
 
+_SECTIONS: Final = ", ".join(SECTIONS)
 _VARIABLES: Final = {ENVIRONMENT_PREFIX + name.replace(".", "_").upper(): name for name in HINTS}
 
 
@@ -121,7 +123,13 @@ class _Layers:
                 for name, value in table.items():
                     self.add(source, f"{section}.{name}", value, is_text=False)
             elif section not in SECTIONS:
-                self._unknown(source, section, table, SECTIONS, "a section")
+                homes = [name for name in HINTS if name.endswith(f".{section}")]
+                hint = (
+                    f"belongs into a section: {' or '.join(homes)}"
+                    if homes
+                    else f"not a section; there are {_SECTIONS}"
+                )
+                self._problems.append(Problem(source, section, table, hint))
 
     def add_variable(self, variable: str, text: str) -> None:
         rest = variable.removeprefix(ENVIRONMENT_PREFIX)
@@ -197,8 +205,7 @@ class _Layers:
         if close:
             hint = f"there is no such setting; did you mean {close}?"
         else:
-            shown = SECTIONS if len(names) > 25 else names.values()
-            hint = f"not {what}; there are {', '.join(shown)}"
+            hint = f"not {what}; there are {_SECTIONS if len(names) > 25 else ', '.join(names.values())}"
         self._problems.append(Problem(source, name, value, hint))
 
 
