@@ -42,7 +42,9 @@ class View:
         self._ready = asyncio.Event()
         self._heard_ns: int | None = None
         self._bad: set[tuple[bytes, int]] = set()
-        self._mirror = Mirror(store, keyspace.leaders, prefix_end(keyspace.workers), self._on_change, name="view")
+        self._mirror = Mirror(
+            store, keyspace.leaders, prefix_end(keyspace.workers), self._on_change, name="view", clock=clock, rng=rng
+        )
 
     def __repr__(self) -> str:
         return f"<View of {self.keyspace.cluster!r}: {self.map!r}, age {self.age_s:.1f} s>"
