@@ -128,7 +128,7 @@ class CounterShard:
 
     async def _post(self, name: str, key: str) -> web.Response:
         added = await self._fence.write(self._lead, lambda tx: self._add(tx, name, key))
-        # The largest: a replay may be old, and may also be the first news of a call that was cancelled after its commit.
+        # The largest: a replay may be old, or the first news of a call that was cancelled after its commit.
         self._values[name] = max(added.value, self._values.get(name, 0))
         if added.is_replay:
             return _answer(added.body, **{"Idempotency-Replayed": "true"})
