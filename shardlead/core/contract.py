@@ -12,6 +12,10 @@ EPOCH: Final = "Shardlead-Epoch"
 KEY: Final = "Shardlead-Key"  # percent-encoded as by quote(key, safe="")
 REFUSED: Final = "Shardlead-Refused"
 LEADER: Final = "Shardlead-Leader"  # "<worker> <address> <epoch>" of the leader the worker knows of, if any
+OUTCOME: Final = (
+    "Shardlead-Outcome"  # "unknown" on the runtime's own 502 outcome-unknown (handled, then the guard failed)
+)
+OUTCOME_IS_UNKNOWN: Final = "unknown"
 RESERVED_PREFIX: Final = "shardlead-"
 
 KEY_BYTES_MAX: Final = 2_048
