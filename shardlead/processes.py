@@ -273,8 +273,8 @@ class WorkerProcess(Process):
 class Processes:
     """What has been started here. On exit everything is killed that still runs, and awaited.
 
-    `folder` takes the logs. `environment` is added to the processes' own. `on_line(name, line)` is told what they
-    print beyond the ready line.
+    `folder` takes the logs. `environment` is added to what the processes inherit; with `is_hermetic` they inherit no
+    SHARDLEAD_… of ours. `on_line(name, line)` is told what they print beyond the ready line.
     """
 
     def __init__(
@@ -282,10 +282,11 @@ class Processes:
         folder: Path,
         *,
         environment: Mapping[str, str] | None = None,
+        is_hermetic: bool = False,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
         self.folder = folder
-        self.environment = {**_clean_environment(), **(environment or {})}
+        self.environment = {**_inherited(is_hermetic), **(environment or {})}
         self.all: list[Process] = []
         self._on_line = on_line
         self._watchdog: asyncio.subprocess.Process | None = None
@@ -360,9 +361,11 @@ class Processes:
         self._watchdog.stdin.write(f"{sign} {pid}\n".encode())
 
 
-def _clean_environment() -> dict[str, str]:
-    """Ours without ETCD_…, which an etcd would take for settings; output unbuffered, or ready lines come late."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ETCD")}
+def _inherited(is_hermetic: bool) -> dict[str, str]:
+    """Our environment without ETCD_…, which an etcd would take for settings; output unbuffered, or ready lines come
+    late."""
+    dropped = ("ETCD", "SHARDLEAD_") if is_hermetic else ("ETCD",)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "PYTHONUNBUFFERED": "1"}
 
 
@@ -386,6 +389,14 @@ def settings_flags(settings: Mapping[str, object]) -> list[str]:
             text = str(value)
         words += ["--set", f"{name}={text}"]
     return words
+
+
+def lease_settings(ttl_s: int) -> dict[str, object]:
+    """Renewal and store time-outs that fit a lease of `ttl_s`; short leases are for tests and demos."""
+    renew_s = round(min(2.8, ttl_s * 0.28), 2)
+    margin_s = max(0.5, ttl_s * 0.05)
+    try_s = round(min(1.0, (ttl_s * 0.99 - margin_s - renew_s) / 2.2), 2)
+    return {"lease.ttl_s": ttl_s, "lease.renew_interval_s": renew_s, "store.try_timeout_s": try_s}
 
 
 def find_etcd() -> Path | None:
@@ -456,13 +467,76 @@ def is_port_free(port: int) -> bool:
 # --- admin server ------------------------------------------------------------------------------------------------
 
 
-async def read_map(session: aiohttp.ClientSession, admin: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A living worker, as /v1/map shows it."""
+
+    name: str
+    address: str
+    state: str
+    pid: int
+    admin: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterMap:
+    """Who leads what, as one role sees it at one revision."""
+
+    revision: int
+    shards: int
+    leaders: Mapping[int, str]
+    """The worker that leads each shard; shards without a leader are missing."""
+    epochs: Mapping[int, int]
+    workers: Mapping[str, Member]
+    seat: str
+    """Who holds the controller's seat; empty: nobody."""
+
+    @property
+    def is_led(self) -> bool:
+        """Whether every shard has a leader."""
+        return 0 < self.shards == len(self.leaders)
+
+    def counts(self) -> dict[str, int]:
+        """How many shards each living worker leads."""
+        counts = dict.fromkeys(self.workers, 0)
+        for worker in self.leaders.values():
+            counts[worker] = counts.get(worker, 0) + 1
+        return counts
+
+    @property
+    def spread(self) -> int:
+        """The difference between the most and the fewest shards that a worker leads."""
+        counts = self.counts().values()
+        return max(counts) - min(counts) if counts else 0
+
+
+async def read_map(session: aiohttp.ClientSession, admin: str) -> ClusterMap:
     """/v1/map of a role's admin server. Raises aiohttp.ClientError or TimeoutError."""
     async with session.get(f"http://{admin}/v1/map", timeout=aiohttp.ClientTimeout(total=5)) as answer:
         answer.raise_for_status()
-        content = orjson.loads(await answer.read())
-    assert isinstance(content, dict)
-    return content
+        return parse_map(orjson.loads(await answer.read()))
+
+
+def parse_map(raw: Mapping[str, Any]) -> ClusterMap:
+    """What /v1/map answered."""
+    leaders = {int(item["shard"]): item for item in raw["leaders"]}
+    return ClusterMap(
+        revision=int(raw["revision"]),
+        shards=int(raw["shards"]),
+        leaders={shard: str(item["worker"]) for shard, item in leaders.items()},
+        epochs={shard: int(item["epoch"]) for shard, item in leaders.items()},
+        workers={
+            str(item["name"]): Member(
+                name=str(item["name"]),
+                address=str(item.get("address", "")),
+                state=str(item.get("state", "up")),
+                pid=int(item.get("pid", 0)),
+                admin=str(item.get("admin", "")),
+            )
+            for item in raw["workers"]
+        },
+        seat=str(raw.get("seat") or ""),
+    )
 
 
 async def is_admin_ready(session: aiohttp.ClientSession, admin: str) -> tuple[bool, str]:
