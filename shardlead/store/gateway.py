@@ -45,6 +45,10 @@ WATCH: Final = "/v3/watch"
 STATUS: Final = "/v3/maintenance/status"
 AUTHENTICATE: Final = "/v3/auth/authenticate"
 
+HEADERS: Final[Mapping[str, str]] = {"Content-Type": "application/json"}
+# an isolated member then ends the watch by itself, after 3 s instead of never
+WATCH_HEADERS: Final[Mapping[str, str]] = {**HEADERS, "Grpc-Metadata-hasleader": "true"}
+
 LINE_BYTES_MAX: Final = 64 * 1024 * 1024  # 5,000 deletions are 0.4 MB; 50,000 were 3.4 MB
 
 # gRPC status codes that decide something here
@@ -353,6 +357,14 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.message} (code {self.code})"
+
+
+class Faulted(Exception):
+    """The server answered with a fault. Stays within the store: translated to a StoreError or an outcome there."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        super().__init__(str(fault))
 
 
 class Verdict(Enum):
