@@ -1,0 +1,448 @@
+"""A store in one small process, for development and tests: `store.model` served over etcd's JSON gateway.
+
+    shardlead embedded-store --port 2379 [--data DIR]
+
+It answers on loopback what etcd 3.5 would answer, so `store.etcd.EtcdStore` is its client, curl too. It keeps its
+data in memory and is alone: not for production, and it says so when it starts.
+
+Law:
+    A lease never ends before its time as the *server* lived it: while this process stood still (SIGSTOP, a laptop
+    asleep) no lease grew older, since renewals were waiting in its sockets.
+    With a data directory, revisions, and so epochs, never go back over restarts: a high-water mark is on disk
+    before a revision above the last one is used. Keys and leases are not kept, so each start is a new cluster id.
+    A watcher that does not read holds nothing but its place: events come from the bounded history, and whoever falls
+    behind that is cancelled as compacted.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import orjson
+from aiohttp import web
+
+from shardlead.clock import NS_PER_S, Clock, SystemClock
+from shardlead.errors import CommandError, Compacted, StoreRejected
+from shardlead.store import wire
+from shardlead.store.base import REQUEST_BYTES_MAX, Op
+from shardlead.store.model import FROM_KEY, RESOURCE_EXHAUSTED, Model
+
+VERSION: Final = "3.5.28"  # whose fixes the model has: progress messages and renewals can be trusted
+BODY_BYTES_MAX: Final = 4 * 1_048_576  # a request of REQUEST_BYTES_MAX in base64 and JSON, with room
+WATCHERS_MAX: Final = 1_024
+LEASES_MAX: Final = 10_000
+LEASE_TICK_S: Final = 0.1
+STALL_NS: Final = 250_000_000  # not heard of the clock for longer than this: the process stood still
+PROGRESS_INTERVAL_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 1.0
+REVISIONS_RESERVED: Final = 1_000_000
+REVISIONS_SPARE: Final = LEASES_MAX + 10_000  # reserve anew while so many are left: more than one step can use
+UNAVAILABLE: Final = 14
+
+_LOG: Final = logging.getLogger("shardlead.store.embedded")
+_JSON: Final = {"Content-Type": "application/json"}
+
+
+class LeaseTime:
+    """The age of leases: elapsed time, without the stretches in which this process stood still."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seen_ns = clock.now_ns()
+        self._value_ns = self._seen_ns
+
+    def now_ns(self) -> int:
+        """Ask at least every STALL_NS. Goes at most as fast as the clock, so leases can only end later."""
+        seen_ns = self._clock.now_ns()
+        passed_ns = seen_ns - self._seen_ns
+        self._seen_ns = seen_ns
+        if passed_ns <= STALL_NS:
+            self._value_ns += passed_ns
+        else:
+            _LOG.warning("stood still: leases keep what they had left", extra={"stall_s": passed_ns / NS_PER_S})
+        return self._value_ns
+
+
+class RevisionMark:
+    """The high-water mark of revisions in a data directory, held by one process at a time.
+
+    `reserved` is on disk, synced, before any revision up to it is used; the next start goes on above it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "revision"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise CommandError(f"the embedded store cannot use {folder}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            os.close(self._lock)
+            raise CommandError(f"another embedded store uses {folder}: stop it or give another --data") from exc
+        try:
+            self.reserved = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> int:
+        try:
+            text = self._path.read_text("ascii")
+        except FileNotFoundError:
+            return 1
+        except (OSError, UnicodeDecodeError) as exc:
+            raise CommandError(f"{self._path} cannot be read: {exc}") from exc
+        if not text.strip().isdecimal():
+            # guessing here could hand out an epoch a second time
+            raise CommandError(f"{self._path} is damaged: write a number above every revision used so far into it")
+        return int(text)
+
+    def reserve(self, revision: int) -> None:
+        """Make `revision` and all below it safe to use. Raises OSError; then nothing was reserved."""
+        fresh = self._path.with_suffix(".new")
+        with fresh.open("w", encoding="ascii") as file:
+            file.write(f"{revision}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.reserved = revision
+
+    def close(self) -> None:
+        """Let another process use the directory."""
+        os.close(self._lock)
+
+
+class EmbeddedStore:
+    """The model and its watchers behind HTTP handlers. Whatever a handler does to the model it does at once."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        mark: RevisionMark | None = None,
+        progress_interval_s: float = PROGRESS_INTERVAL_S,
+    ) -> None:
+        self.model = model
+        self._time = LeaseTime(clock)
+        self._mark = mark
+        self._progress_interval_s = progress_interval_s
+        self._cluster = str(rng.getrandbits(63) | 1)
+        self._member = str(rng.getrandbits(63) | 1)
+        self._wakers: set[asyncio.Event] = set()
+        self._is_closing = False
+
+    def application(self) -> web.Application:
+        """The gateway's paths."""
+        application = web.Application(client_max_size=BODY_BYTES_MAX)
+        unary: dict[str, Callable[[wire.Json], wire.Json]] = {
+            "/v3/kv/range": self._range,
+            "/v3/kv/put": self._put,
+            "/v3/kv/deleterange": self._delete,
+            "/v3/kv/txn": self._txn,
+            "/v3/kv/compaction": self._compact,
+            "/v3/lease/grant": self._grant,
+            "/v3/lease/revoke": self._revoke,
+            "/v3/kv/lease/revoke": self._revoke,
+            "/v3/lease/timetolive": self._time_to_live,
+            "/v3/kv/lease/timetolive": self._time_to_live,
+            "/v3/lease/leases": self._leases,
+            "/v3/kv/lease/leases": self._leases,
+            "/v3/maintenance/status": self._status,
+            "/v3/auth/authenticate": _authenticate,
+        }
+        application.add_routes([web.post(path, self._unary(answer)) for path, answer in unary.items()])
+        application.add_routes(
+            [
+                web.post("/v3/lease/keepalive", self._keepalive),
+                web.post("/v3/watch", self._watch),
+                web.get("/version", _version),
+                web.get("/health", _health),
+            ]
+        )
+        return application
+
+    async def tick(self) -> None:
+        """End the leases whose time is over, for ever."""
+        while True:
+            try:
+                with self._writing(None):
+                    self.model.expire(self._time.now_ns())
+            except StoreRejected as refusal:  # no revision can be reserved: writes are refused, leases stay
+                _LOG.error("leases do not expire", extra={"reason": refusal.message})  # noqa: TRY400  it says it all
+            await asyncio.sleep(LEASE_TICK_S)
+
+    def stop_watches(self) -> None:
+        """Let every watch end, so that the server can stop."""
+        self._is_closing = True
+        self._publish()
+
+    # --- unary requests --------------------------------------------------------------------------------------
+
+    def _unary(self, answer: Callable[[wire.Json], wire.Json]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(request: web.Request) -> web.Response:
+            try:
+                result = answer(await _body(request))
+            except StoreRejected as refusal:
+                status, body = wire.encode_refusal(refusal)
+                return web.Response(status=status, body=body, headers=_JSON)
+            return web.Response(body=orjson.dumps(result), headers=_JSON)
+
+        return handle
+
+    def _range(self, raw: wire.Json) -> wire.Json:
+        return wire.encode_range(self.model.range(wire.parse_range(raw)), self._header())
+
+    def _put(self, raw: wire.Json) -> wire.Json:
+        op = wire.parse_put(raw)
+        with self._writing(op):
+            self.model.put(op)
+        return {"header": self._header()}
+
+    def _delete(self, raw: wire.Json) -> wire.Json:
+        op = wire.parse_delete(raw)
+        with self._writing(op):
+            result = self.model.delete(op)
+        return wire.encode_delete(result, self._header())
+
+    def _txn(self, raw: wire.Json) -> wire.Json:
+        txn = wire.parse_txn(raw)
+        with self._writing(txn):
+            result = self.model.txn(txn)
+        return wire.encode_txn(result, self._header())
+
+    def _compact(self, raw: wire.Json) -> wire.Json:
+        self.model.compact(wire.integer_of(raw, "revision"))
+        return {"header": self._header()}
+
+    def _grant(self, raw: wire.Json) -> wire.Json:
+        if len(self.model.leases) >= LEASES_MAX:
+            raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {LEASES_MAX} leases, its most")
+        ttl_s, lease = wire.integer_of(raw, "TTL"), wire.integer_of(raw, "ID")
+        grant = self.model.grant(ttl_s, self._time.now_ns(), lease)
+        return {"header": self._header(), "ID": str(grant.lease), "TTL": str(grant.ttl_s)}
+
+    def _revoke(self, raw: wire.Json) -> wire.Json:
+        with self._writing(None):
+            self.model.revoke(wire.integer_of(raw, "ID"))
+        return {"header": self._header()}
+
+    def _time_to_live(self, raw: wire.Json) -> wire.Json:
+        lease = wire.integer_of(raw, "ID")
+        found = self.model.time_to_live(lease, self._time.now_ns())
+        return wire.encode_time_to_live(lease, found, self._header(), with_keys=wire.boolean_of(raw, "keys"))
+
+    def _leases(self, _raw: wire.Json) -> wire.Json:
+        out: wire.Json = {"header": self._header()}
+        if self.model.leases:
+            out["leases"] = [{"ID": str(lease)} for lease in self.model.leases]
+        return out
+
+    def _status(self, _raw: wire.Json) -> wire.Json:
+        index = str(self.model.revision)
+        return {
+            "header": self._header(),
+            "version": VERSION,
+            "dbSize": "1",
+            "leader": self._member,
+            "raftIndex": index,
+            "raftTerm": "1",
+            "raftAppliedIndex": index,
+            "dbSizeInUse": "1",
+        }
+
+    # --- streams ---------------------------------------------------------------------------------------------
+
+    async def _keepalive(self, request: web.Request) -> web.Response:
+        """One request, one answer, as a unary caller of the stream sees it. A lease that is gone has no TTL."""
+        try:
+            lease = wire.integer_of(await _body(request), "ID")
+        except StoreRejected as refusal:
+            status, body = wire.encode_refusal(refusal)
+            return web.Response(status=status, body=body, headers=_JSON)
+        with self._writing(None):
+            ttl_s = self.model.renew(lease, self._time.now_ns())
+        result: wire.Json = {"header": self._header(), "ID": str(lease)}
+        if ttl_s:
+            result["TTL"] = str(ttl_s)
+        return web.Response(body=_line(result), headers=_JSON)
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        """A watch lives until its client leaves. After a cancel it stays open and silent, as etcd's gateway does."""
+        try:
+            asked = wire.watch_request(await _body(request))
+            if len(self._wakers) >= WATCHERS_MAX:
+                raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {WATCHERS_MAX} watchers, its most")
+        except StoreRejected as refusal:
+            status, body = wire.encode_refusal(refusal)
+            return web.Response(status=status, body=body, headers=_JSON)
+        response = web.StreamResponse(headers=_JSON)
+        with self._waker() as wake:
+            await response.prepare(request)
+            if asked is None:
+                await response.write(_line({"header": self._header(), "watch_id": "-1"}))
+                await self._until_closing(wake)
+                return response
+            key, range_end, start, watch_id, has_progress = asked
+            shown_id = {"watch_id": str(watch_id)} if watch_id else {}
+            if range_end and range_end != FROM_KEY and range_end <= key:
+                reason = {"created": True, "canceled": True, "cancel_reason": "mvcc: watcher range is empty"}
+                await response.write(_line({"header": self._header(), "watch_id": "-1", **reason}))
+                await self._until_closing(wake)
+                return response
+            following = start or self.model.revision + 1
+            await response.write(_line({"header": self._header(), **shown_id, "created": True}))
+            while not self._is_closing:
+                wake.clear()
+                try:
+                    batch, following = self.model.events_since(following, key, range_end)
+                except Compacted as exc:
+                    lost = {"canceled": True, "compact_revision": str(exc.compact_revision)}
+                    await response.write(_line({"header": self._header(has_revision=False), **shown_id, **lost}))
+                    await self._until_closing(wake)
+                    break
+                if batch.events:
+                    events = [wire.encode_event(event) for event in batch.events]
+                    await response.write(_line({"header": self._header(), **shown_id, "events": events}))
+                if following <= self.model.revision:
+                    continue
+                try:
+                    async with asyncio.timeout(self._progress_interval_s):
+                        await wake.wait()
+                except TimeoutError:
+                    if has_progress and following == self.model.revision + 1:
+                        await response.write(_line({"header": self._header(), **shown_id}))
+        return response
+
+    async def _until_closing(self, wake: asyncio.Event) -> None:
+        """Unbounded on purpose: the client ends it by leaving, the server by stopping."""
+        while not self._is_closing:
+            wake.clear()
+            await wake.wait()
+
+    # --- inside ----------------------------------------------------------------------------------------------
+
+    def _header(self, *, has_revision: bool = True) -> wire.Json:
+        header = {"cluster_id": self._cluster, "member_id": self._member}
+        if has_revision:
+            header["revision"] = str(self.model.revision)
+        return {**header, "raft_term": "1"}
+
+    @contextlib.contextmanager
+    def _writing(self, op: Op | None) -> Iterator[None]:
+        """Around whatever may change the model: its size is checked, revisions are reserved, watchers are told."""
+        if op is not None and wire.bytes_in(op) > REQUEST_BYTES_MAX:
+            raise StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large")
+        self._reserve()
+        before = self.model.revision
+        yield
+        if self.model.revision != before:
+            self._publish()
+
+    def _reserve(self) -> None:
+        """Blocks the loop for an fsync, once in a million revisions."""
+        mark = self._mark
+        if mark is None or self.model.revision + REVISIONS_SPARE <= mark.reserved:
+            return
+        try:
+            mark.reserve(self.model.revision + REVISIONS_RESERVED)
+        except OSError as exc:
+            raise StoreRejected(UNAVAILABLE, f"the revision mark cannot be written: {exc.strerror}") from exc
+
+    def _publish(self) -> None:
+        for waker in self._wakers:
+            waker.set()
+
+    @contextlib.contextmanager
+    def _waker(self) -> Iterator[asyncio.Event]:
+        waker = asyncio.Event()
+        self._wakers.add(waker)
+        try:
+            yield waker
+        finally:
+            self._wakers.discard(waker)
+
+
+async def _body(request: web.Request) -> wire.Json:
+    try:
+        raw = await request.read()
+    except web.HTTPRequestEntityTooLarge as exc:
+        raise StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large") from exc
+    return wire.parse_object(raw)
+
+
+def _line(result: wire.Json) -> bytes:
+    return orjson.dumps({"result": result}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _authenticate(_raw: wire.Json) -> wire.Json:
+    raise StoreRejected(9, "etcdserver: authentication is not enabled")
+
+
+async def _version(_request: web.Request) -> web.Response:
+    return web.Response(body=orjson.dumps({"etcdserver": VERSION, "etcdcluster": "3.5.0"}), headers=_JSON)
+
+
+async def _health(_request: web.Request) -> web.Response:
+    return web.Response(body=orjson.dumps({"health": "true", "reason": ""}), content_type="text/plain")
+
+
+async def serve(
+    host: str,
+    port: int,
+    *,
+    data: Path | None,
+    on_ready: Callable[[str], None],
+    clock: Clock | None = None,
+    rng: random.Random | None = None,
+) -> None:
+    """Serve until cancelled; `on_ready` is told the URL. Port 0 takes a free one.
+
+    With `data` revisions never go back over restarts; nothing else is kept. Raises CommandError if the address or
+    the directory cannot be used.
+    """
+    clock = clock if clock is not None else SystemClock()
+    rng = rng if rng is not None else random.Random()
+    with contextlib.ExitStack() as stack:
+        mark = None
+        revision = 1
+        if data is not None:
+            mark = RevisionMark(data)
+            stack.callback(mark.close)
+            revision = mark.reserved
+        store = EmbeddedStore(Model(rng=rng, revision=revision), clock=clock, rng=rng, mark=mark)
+        runner = web.AppRunner(
+            store.application(), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_TIMEOUT_S
+        )
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, host, port)
+            try:
+                await site.start()
+            except OSError as exc:
+                why = exc.strerror or str(exc)
+                raise CommandError(f"the embedded store cannot listen on {host}:{port}: {why}") from exc
+            bound = runner.addresses[0][1]
+            _LOG.warning(
+                "embedded store: in memory, one process, not for production",
+                extra={"address": f"{host}:{bound}", "data": str(data) if data else None},
+            )
+            on_ready(f"http://{host}:{bound}")
+            await store.tick()
+        finally:
+            store.stop_watches()
+            await runner.cleanup()

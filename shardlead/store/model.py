@@ -1,0 +1,517 @@
+"""etcd's behaviour as a pure state machine: keys with revisions, transactions, leases, compaction, what a watch sees.
+
+For the embedded server and the simulator, which give it the time as an argument. It never awaits, never reads a
+clock, never touches a disk. Its judge is a real etcd: tests feed both the same operations and compare the answers.
+
+Law (etcd 3.4 and 3.5, measured):
+    A transaction's guards, nested ones too, are all decided before anything of it is written.
+    It is refused whole, before any effect: for its shape (operations, keys given twice), or because the branch that
+    was taken names a lease that does not exist or reads a revision that is not there.
+    All that one transaction, one revocation or one expiry changes is one revision, and one message of a watch.
+    A lease never ends before its time; it may end up to `expiry_lag_ns` later.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Final, Never
+
+from shardlead.clock import NS_PER_S
+from shardlead.errors import Compacted, StoreRejected
+from shardlead.store.base import (
+    TXN_OPS_MAX,
+    Compare,
+    Delete,
+    DeleteResult,
+    Event,
+    Grant,
+    KeyValue,
+    LeaseKeys,
+    Op,
+    OpResult,
+    Put,
+    PutResult,
+    Range,
+    RangeResult,
+    Target,
+    Txn,
+    TxnResult,
+    WatchBatch,
+)
+
+MIN_TTL_S: Final = 2  # ceil(1.5 x election time-out), etcd's default
+MAX_TTL_S: Final = 9_000_000_000  # etcd's own
+HISTORY_EVENTS_MAX: Final = 100_000  # beyond it the older half is compacted
+WATCH_REVISIONS_MAX: Final = 1_000  # in one message, as etcd has it
+FROM_KEY: Final = b"\0"  # as a range_end: everything from the key on
+
+INVALID_ARGUMENT: Final = 3
+NOT_FOUND: Final = 5
+RESOURCE_EXHAUSTED: Final = 8
+FAILED_PRECONDITION: Final = 9
+OUT_OF_RANGE: Final = 11
+
+FUTURE_REVISION: Final = "etcdserver: mvcc: required revision is a future revision"
+LEASE_NOT_FOUND: Final = "etcdserver: requested lease not found"
+
+
+@dataclass(slots=True)
+class Lease:
+    """A living lease. Its keys are those whose present version names it."""
+
+    lease: int
+    ttl_s: int
+    expiry_ns: int
+    keys: set[bytes] = field(default_factory=set)
+
+
+class Model:
+    """One etcd, in memory.
+
+    Refusals are raised as StoreRejected with etcd's gRPC code and message (Compacted for a lost revision); whatever
+    was refused had no effect. `revision` is the last one used; a new store stands at 1, as etcd does.
+    """
+
+    def __init__(
+        self,
+        *,
+        rng: Random,
+        revision: int = 1,
+        min_ttl_s: int = MIN_TTL_S,
+        expiry_lag_ns: int = 0,
+        history_events_max: int = HISTORY_EVENTS_MAX,
+    ) -> None:
+        assert revision >= 1
+        self.revision = revision
+        self.compacted = -1 if revision == 1 else revision  # what another process wrote before is not here
+        self.min_ttl_s = min_ttl_s
+        self.expiry_lag_ns = expiry_lag_ns
+        self._history_events_max = history_events_max
+        self._rng = rng
+        self._versions: dict[bytes, list[KeyValue]] = {}  # oldest first; a deletion is a version 0
+        self._keys: list[bytes] = []  # those of _versions, sorted
+        self._log: list[tuple[Event, ...]] = []  # one entry a revision, without gaps, the last is self.revision's
+        self._events = 0
+        self._leases: dict[int, Lease] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"Model(revision={self.revision}, compacted={self.compacted}, keys={len(self._keys)}, "
+            f"leases={len(self._leases)}, events={self._events})"
+        )
+
+    def copy(self) -> "Model":
+        """An independent twin, its random numbers included."""
+        rng = Random()
+        rng.setstate(self._rng.getstate())
+        twin = Model(
+            rng=rng,
+            revision=self.revision,
+            min_ttl_s=self.min_ttl_s,
+            expiry_lag_ns=self.expiry_lag_ns,
+            history_events_max=self._history_events_max,
+        )
+        twin.compacted = self.compacted
+        twin._versions = {key: list(versions) for key, versions in self._versions.items()}
+        twin._keys = list(self._keys)
+        twin._log = list(self._log)
+        twin._events = self._events
+        twin._leases = {lease: replace(each, keys=set(each.keys)) for lease, each in self._leases.items()}
+        return twin
+
+    # --- reading and writing ---------------------------------------------------------------------------------
+
+    def range(self, op: Range) -> RangeResult:
+        """Read. Raises StoreRejected for an empty key or a future revision, Compacted."""
+        _check_key(op.key)
+        if op.revision > self.revision:
+            raise StoreRejected(OUT_OF_RANGE, FUTURE_REVISION)
+        if 0 < op.revision < self.compacted:
+            raise Compacted(self.compacted)
+        return self._read(op, self.revision)
+
+    def put(self, op: Put) -> PutResult:
+        """Write one key. Raises StoreRejected for an empty key or an unknown lease."""
+        result = self.txn(Txn((), (op,))).results[0]
+        assert isinstance(result, PutResult)
+        return result
+
+    def delete(self, op: Delete) -> DeleteResult:
+        """Delete. A revision is used only if a key was there. Raises StoreRejected for an empty key."""
+        result = self.txn(Txn((), (op,))).results[0]
+        assert isinstance(result, DeleteResult)
+        return result
+
+    def txn(self, txn: Txn) -> TxnResult:
+        """Decide all guards, check the branch that is taken, then do it. Raises StoreRejected before any effect."""
+        _check_shape(txn, TXN_OPS_MAX)
+        _keys_written(txn.success)
+        _keys_written(txn.failure)
+        taken = self._decide(txn)
+        self._check_taken(taken)
+        changes: list[Event] = []
+        result = self._apply(taken, changes)
+        self._commit(changes)
+        return replace(result, revision=self.revision)
+
+    def compact(self, revision: int) -> None:
+        """Forget what was overwritten or deleted before or at `revision`. Raises StoreRejected, Compacted."""
+        if revision <= max(self.compacted, 0):
+            raise Compacted(max(self.compacted, 0))
+        if revision > self.revision:
+            raise StoreRejected(OUT_OF_RANGE, FUTURE_REVISION)
+        self._forget(revision)
+
+    # --- leases ----------------------------------------------------------------------------------------------
+
+    @property
+    def leases(self) -> tuple[int, ...]:
+        """All living leases, in the order of their ids."""
+        return tuple(sorted(self._leases))
+
+    def grant(self, ttl_s: int, now_ns: int, lease: int = 0) -> Grant:
+        """A new lease of at least `min_ttl_s`; with `lease` 0 under an id of our choice. Raises StoreRejected."""
+        if lease in self._leases:
+            raise StoreRejected(FAILED_PRECONDITION, "etcdserver: lease already exists")
+        if ttl_s > MAX_TTL_S:
+            raise StoreRejected(OUT_OF_RANGE, "etcdserver: too large lease TTL")
+        while lease == 0 or lease in self._leases:
+            lease = self._rng.getrandbits(63)
+        granted_s = max(ttl_s, self.min_ttl_s)
+        self._leases[lease] = Lease(lease, granted_s, now_ns + granted_s * NS_PER_S)
+        return Grant(lease, granted_s)
+
+    def renew(self, lease: int, now_ns: int) -> int:
+        """The TTL granted anew, in seconds; 0 if there is no such lease. One that is overdue ends right here: etcd
+        lets such a renewal wait for the end, too."""
+        found = self._leases.get(lease)
+        if found is None:
+            return 0
+        if found.expiry_ns <= now_ns:
+            self.revoke(lease)
+            return 0
+        found.expiry_ns = now_ns + found.ttl_s * NS_PER_S
+        return found.ttl_s
+
+    def revoke(self, lease: int) -> None:
+        """End a lease and delete its keys, in one revision. Raises StoreRejected if there is none."""
+        found = self._leases.get(lease)
+        if found is None:
+            raise StoreRejected(NOT_FOUND, LEASE_NOT_FOUND)
+        changes: list[Event] = []
+        for key in sorted(found.keys):
+            self._write_deletion(key, changes)
+        del self._leases[lease]
+        self._commit(changes)
+
+    def time_to_live(self, lease: int, now_ns: int) -> LeaseKeys | None:
+        """What is left of a lease (whole seconds, rounded down) and its keys; None if there is none."""
+        found = self._leases.get(lease)
+        if found is None:
+            return None
+        left_s = max(0, found.expiry_ns - now_ns) // NS_PER_S
+        return LeaseKeys(lease, left_s, found.ttl_s, tuple(sorted(found.keys)))
+
+    def expire(self, now_ns: int) -> tuple[int, ...]:
+        """End every lease whose time and the server's lag are over, each in a revision of its own, the longest
+        overdue first. The leases that ended."""
+        due = [each for each in self._leases.values() if each.expiry_ns + self.expiry_lag_ns <= now_ns]
+        due.sort(key=lambda each: (each.expiry_ns, each.lease))
+        for each in due:
+            self.revoke(each.lease)
+        return tuple(each.lease for each in due)
+
+    def next_expiry_ns(self) -> int | None:
+        """When `expire` will next have something to do if nothing is renewed."""
+        if not self._leases:
+            return None
+        return min(each.expiry_ns for each in self._leases.values()) + self.expiry_lag_ns
+
+    # --- watching --------------------------------------------------------------------------------------------
+
+    def events_since(self, revision: int, key: bytes, range_end: bytes = b"") -> tuple[WatchBatch, int]:
+        """What a watch of [key, range_end) gets next, from `revision` on: one message of at most
+        WATCH_REVISIONS_MAX revisions, and the revision to go on from. No revision is split over messages, and like
+        etcd's the header runs ahead of the events. Raises Compacted."""
+        if revision < self.compacted:
+            raise Compacted(self.compacted)
+        first = self.revision - len(self._log) + 1
+        start = max(revision, first)
+        found: list[Event] = []
+        taken = 0
+        following = start
+        for events in self._log[start - first :] if start <= self.revision else ():
+            following += 1
+            matching = [event for event in events if _is_within(event.kv.key, key, range_end)]
+            if matching:
+                found += matching
+                taken += 1
+                if taken == WATCH_REVISIONS_MAX:
+                    break
+        return WatchBatch(self.revision, tuple(found)), following
+
+    # --- inside ----------------------------------------------------------------------------------------------
+
+    def _read(self, op: Range, revision: int) -> RangeResult:
+        """`revision` is what "the present" means here: within a transaction that has written, its own."""
+        at = op.revision if op.revision > 0 else revision
+        found = [kv for key in self._keys_within(op.key, op.range_end) if (kv := self._at(key, at)) is not None]
+        if op.count_only:
+            return RangeResult(revision, (), len(found))
+        more = 0 < op.limit < len(found)
+        kvs = found[: op.limit] if more else found
+        if op.keys_only:
+            kvs = [replace(kv, value=b"") for kv in kvs]
+        return RangeResult(revision, tuple(kvs), len(found), more)
+
+    def _keys_within(self, key: bytes, range_end: bytes) -> Sequence[bytes]:
+        if not range_end:
+            return (key,) if key in self._versions else ()
+        start = bisect_left(self._keys, key)
+        if range_end == FROM_KEY:
+            return self._keys[start:]
+        return self._keys[start : bisect_left(self._keys, range_end)]
+
+    def _at(self, key: bytes, revision: int) -> KeyValue | None:
+        for kv in reversed(self._versions.get(key, ())):
+            if kv.mod_revision <= revision:
+                return kv if kv.version else None
+        return None
+
+    def _now(self, key: bytes) -> KeyValue | None:
+        versions = self._versions.get(key)
+        return versions[-1] if versions and versions[-1].version else None
+
+    def _decide(self, txn: Txn) -> "_Taken":
+        succeeded = all(self._is_true(compare) for compare in txn.compares)
+        branch = txn.success if succeeded else txn.failure
+        return _Taken(succeeded, tuple(self._decide(op) if isinstance(op, Txn) else op for op in branch))
+
+    def _is_true(self, compare: Compare) -> bool:
+        present = [kv for key in self._keys_within(compare.key, compare.range_end) if (kv := self._now(key))]
+        if not present:
+            # etcd: an absent key is compared as zeros, except that nothing is true of an absent value
+            absent = KeyValue(compare.key, b"", 0, 0, 0)
+            return compare.target is not Target.VALUE and _is_met(compare, absent)
+        return all(_is_met(compare, kv) for kv in present)
+
+    def _check_taken(self, taken: "_Taken") -> None:
+        for op in taken.ops:
+            match op:
+                case Put() if op.lease and op.lease not in self._leases:
+                    raise StoreRejected(NOT_FOUND, LEASE_NOT_FOUND)
+                case Range() if op.revision > self.revision:
+                    raise StoreRejected(OUT_OF_RANGE, FUTURE_REVISION)
+                case Range() if op.revision and op.revision < self.compacted:
+                    raise Compacted(self.compacted)
+                case _Taken():
+                    self._check_taken(op)
+                case _:
+                    pass
+
+    def _apply(self, taken: "_Taken", changes: list[Event]) -> TxnResult:
+        results: list[OpResult] = []
+        for op in taken.ops:
+            match op:
+                case Put():
+                    self._write(op, changes)
+                    results.append(PutResult(self.revision + 1))
+                case Delete():
+                    doomed = [key for key in self._keys_within(op.key, op.range_end) if self._now(key)]
+                    for key in doomed:
+                        self._write_deletion(key, changes)
+                    results.append(DeleteResult(self.revision + bool(changes), len(doomed)))
+                case Range():
+                    results.append(self._read(op, self.revision + bool(changes)))
+                case _Taken():
+                    results.append(self._apply(op, changes))
+        return TxnResult(0, taken.succeeded, tuple(results))
+
+    def _write(self, op: Put, changes: list[Event]) -> None:
+        before = self._now(op.key)
+        revision = self.revision + 1
+        if before is None:
+            kv = KeyValue(op.key, op.value, revision, revision, 1, op.lease)
+        else:
+            self._detach(before)
+            kv = KeyValue(op.key, op.value, before.create_revision, revision, before.version + 1, op.lease)
+        if op.lease:
+            self._leases[op.lease].keys.add(op.key)
+        self._append(kv)
+        changes.append(Event(is_delete=False, kv=kv))
+
+    def _write_deletion(self, key: bytes, changes: list[Event]) -> None:
+        before = self._now(key)
+        assert before is not None, "only what is there is deleted"
+        self._detach(before)
+        tombstone = KeyValue(key, b"", 0, self.revision + 1, 0)
+        self._append(tombstone)
+        changes.append(Event(is_delete=True, kv=tombstone))
+
+    def _append(self, kv: KeyValue) -> None:
+        versions = self._versions.get(kv.key)
+        if versions is None:
+            self._versions[kv.key] = [kv]
+            insort(self._keys, kv.key)
+        else:
+            versions.append(kv)
+
+    def _detach(self, kv: KeyValue) -> None:
+        if kv.lease:
+            self._leases[kv.lease].keys.discard(kv.key)
+
+    def _commit(self, changes: list[Event]) -> None:
+        if not changes:
+            return
+        self.revision += 1
+        self._log.append(tuple(changes))
+        self._events += len(changes)
+        if self._events > self._history_events_max:
+            self._forget_older_half()
+
+    def _forget_older_half(self) -> None:
+        kept = 0
+        for back, events in enumerate(reversed(self._log)):
+            kept += len(events)
+            if kept > self._history_events_max // 2:
+                self._forget(self.revision - back)
+                return
+
+    def _forget(self, revision: int) -> None:
+        first = self.revision - len(self._log) + 1
+        dropped = self._log[: max(0, revision - first)]  # that of `revision` itself stays: a watch may begin there
+        touched = {event.kv.key for events in self._log[: max(0, revision - first + 1)] for event in events}
+        self._log = self._log[len(dropped) :]
+        self._events -= sum(len(events) for events in dropped)
+        self.compacted = revision
+        gone: set[bytes] = set()
+        for key in touched:
+            versions = self._versions.get(key)
+            if versions is None:
+                continue
+            last = max((at for at, kv in enumerate(versions) if kv.mod_revision <= revision), default=0)
+            kept = versions[last:]
+            if not kept[0].version and kept[0].mod_revision <= revision:
+                kept = kept[1:]
+            if kept:
+                self._versions[key] = kept
+            else:
+                del self._versions[key]
+                gone.add(key)
+        if gone:
+            self._keys = [key for key in self._keys if key not in gone]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A transaction after its guards were decided: the branch taken, nested ones likewise."""
+
+    succeeded: bool
+    ops: tuple["Put | Delete | Range | _Taken", ...]
+
+
+# --- the shape of a request --------------------------------------------------------------------------------------
+
+
+def _check_key(key: bytes) -> None:
+    if not key:
+        _refuse("key is not provided")
+
+
+def _refuse(message: str) -> Never:
+    raise StoreRejected(INVALID_ARGUMENT, f"etcdserver: {message}")
+
+
+def _check_shape(txn: Txn, ops_max: int) -> None:
+    """Compares, success and failure may have `ops_max` each; the longest of the three is taken off for what is
+    nested inside, so 127 transactions of one operation fit into one, and 128 do not."""
+    longest = max(len(txn.compares), len(txn.success), len(txn.failure))
+    if longest > ops_max:
+        _refuse("too many operations in txn request")
+    for compare in txn.compares:
+        _check_key(compare.key)
+    for op in (*txn.success, *txn.failure):
+        if isinstance(op, Txn):
+            _check_shape(op, ops_max - longest)
+        else:
+            _check_key(op.key)
+
+
+@dataclass(slots=True)
+class _Written:
+    """Keys put and ranges deleted by some operations, whichever branches are taken."""
+
+    puts: set[bytes] = field(default_factory=set)
+    deletes: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    def has_deleted(self, key: bytes) -> bool:
+        return any(_is_within(key, start, end) for start, end in self.deletes)
+
+    def add(self, keys: set[bytes], harmless: set[bytes] | None = None) -> None:
+        """Put these keys as well. Raises StoreRejected if one is written already and is not among the harmless."""
+        for key in keys:
+            if (key in self.puts and (harmless is None or key not in harmless)) or self.has_deleted(key):
+                _refuse("duplicate key given in txn request")
+        self.puts |= keys
+
+
+def _keys_written(ops: Sequence[Op]) -> _Written:
+    """No key may be put twice, or put and deleted; the two branches of a nested transaction may share keys, since
+    only one of them is taken. (etcd's own order of checks is kept: a put in one nested transaction and a delete of
+    the same key in a *later* one pass.)"""
+    written = _Written(deletes=[(op.key, op.range_end) for op in ops if isinstance(op, Delete)])
+    for op in ops:
+        if isinstance(op, Txn):
+            success, failure = _keys_written(op.success), _keys_written(op.failure)
+            written.add(success.puts)
+            written.add(failure.puts, harmless=success.puts)
+            written.deletes += success.deletes
+            written.deletes += failure.deletes
+    for op in ops:
+        if isinstance(op, Put):
+            written.add({op.key})
+    return written
+
+
+def _is_within(key: bytes, start: bytes, end: bytes) -> bool:
+    if not end:
+        return key == start
+    return start <= key and (end == FROM_KEY or key < end)
+
+
+def _is_met(compare: Compare, kv: KeyValue) -> bool:
+    if compare.target is Target.VALUE:
+        assert isinstance(compare.operand, bytes)
+        return _is_related(compare.relation, (kv.value > compare.operand) - (kv.value < compare.operand))
+    assert isinstance(compare.operand, int)
+    have = _number(compare.target, kv)
+    return _is_related(compare.relation, (have > compare.operand) - (have < compare.operand))
+
+
+def _number(target: Target, kv: KeyValue) -> int:
+    match target:
+        case Target.VERSION:
+            return kv.version
+        case Target.CREATE:
+            return kv.create_revision
+        case Target.MOD:
+            return kv.mod_revision
+        case Target.LEASE:
+            return kv.lease
+        case Target.VALUE:
+            raise AssertionError("a value is no number")
+
+
+def _is_related(relation: str, sign: int) -> bool:
+    match relation:
+        case "EQUAL":
+            return sign == 0
+        case "NOT_EQUAL":
+            return sign != 0
+        case "GREATER":
+            return sign > 0
+        case "LESS":
+            return sign < 0
+        case _:
+            raise AssertionError(f"no such relation: {relation}")

@@ -1,0 +1,403 @@
+"""etcd's JSON gateway as its server spells it: requests in, answers out. The client's side is `store.gateway`.
+
+Pure: no sockets, no state. Shapes are those of etcd 3.5: numbers of 64 bits as strings, bytes in base64, whatever is
+zero, false or empty left out, fields in the order of etcd's protobuf definitions. An option that the embedded store
+does not have is refused (code 12), never ignored.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeVar, cast
+
+import orjson
+
+from shardlead.errors import Compacted, StoreRejected
+from shardlead.store.base import (
+    Compare,
+    Delete,
+    DeleteResult,
+    Event,
+    KeyValue,
+    LeaseKeys,
+    Op,
+    OpResult,
+    Put,
+    PutResult,
+    Range,
+    RangeResult,
+    Target,
+    Txn,
+    TxnResult,
+)
+
+Json = dict[str, Any]
+
+INVALID_ARGUMENT: Final = 3
+UNIMPLEMENTED: Final = 12
+NESTING_MAX: Final = 32  # transactions within transactions; etcd would stop at its 128 operations
+
+COMPACTED: Final = "etcdserver: mvcc: required revision has been compacted"
+
+HTTP_STATUS: Final[Mapping[int, int]] = {
+    1: 408,
+    2: 500,
+    3: 400,
+    4: 504,
+    5: 404,
+    6: 409,
+    7: 403,
+    8: 429,
+    9: 400,
+    10: 409,
+    11: 400,
+    12: 501,
+    13: 500,
+    14: 503,
+    15: 500,
+    16: 401,
+}
+"""gRPC status code → HTTP status, as grpc-gateway has it."""
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+def parse_object(body: bytes) -> Json:
+    """The JSON object that a request carries; an empty body and null are an empty one. Raises StoreRejected."""
+    if not body.strip():
+        return {}
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise StoreRejected(INVALID_ARGUMENT, f"invalid JSON: {exc}") from exc
+    return _object(raw)
+
+
+def parse_range(raw: Json) -> Range:
+    """RangeRequest. `serializable` is accepted: there is one member."""
+    fields = _Fields(raw, "RangeRequest")
+    fields.boolean("serializable")
+    op = Range(
+        fields.bytes("key"),
+        fields.bytes("range_end"),
+        limit=fields.integer("limit"),
+        revision=max(0, fields.integer("revision")),
+        keys_only=fields.boolean("keys_only"),
+        count_only=fields.boolean("count_only"),
+    )
+    fields.refuse_rest()
+    return op
+
+
+def parse_put(raw: Json) -> Put:
+    """PutRequest."""
+    fields = _Fields(raw, "PutRequest")
+    op = Put(fields.bytes("key"), fields.bytes("value"), fields.integer("lease"))
+    fields.refuse_rest()
+    return op
+
+
+def parse_delete(raw: Json) -> Delete:
+    """DeleteRangeRequest."""
+    fields = _Fields(raw, "DeleteRangeRequest")
+    op = Delete(fields.bytes("key"), fields.bytes("range_end"))
+    fields.refuse_rest()
+    return op
+
+
+def parse_txn(raw: Json, depth: int = 0) -> Txn:
+    """TxnRequest, nested ones included."""
+    if depth > NESTING_MAX:
+        raise StoreRejected(INVALID_ARGUMENT, f"transactions nested deeper than {NESTING_MAX}")
+    fields = _Fields(raw, "TxnRequest")
+    txn = Txn(
+        tuple(_parse_compare(each) for each in fields.objects("compare")),
+        tuple(_parse_op(each, depth) for each in fields.objects("success")),
+        tuple(_parse_op(each, depth) for each in fields.objects("failure")),
+    )
+    fields.refuse_rest()
+    return txn
+
+
+def _parse_op(raw: Json, depth: int) -> Op:
+    fields = _Fields(raw, "RequestOp")
+    if (inner := fields.object("request_range")) is not None:
+        return parse_range(inner)
+    if (inner := fields.object("request_put")) is not None:
+        return parse_put(inner)
+    if (inner := fields.object("request_delete_range")) is not None:
+        return parse_delete(inner)
+    if (inner := fields.object("request_txn")) is not None:
+        return parse_txn(inner, depth + 1)
+    raise StoreRejected(INVALID_ARGUMENT, "etcdserver: key not found")  # etcd's word for an empty operation
+
+
+_TARGETS: Final = ("VERSION", "CREATE", "MOD", "VALUE", "LEASE")
+_OPERANDS: Final = ("version", "create_revision", "mod_revision", "value", "lease")
+_RELATIONS: Final = ("EQUAL", "GREATER", "LESS", "NOT_EQUAL")
+
+
+def _parse_compare(raw: Json) -> Compare:
+    fields = _Fields(raw, "Compare")
+    target = Target(fields.name("target", _TARGETS))
+    relation = cast(Literal["EQUAL", "NOT_EQUAL", "GREATER", "LESS"], fields.name("result", _RELATIONS))
+    operands = {name: fields.bytes(name) if name == "value" else fields.integer(name) for name in _OPERANDS}
+    # what does not belong to the target counts as not given, as in etcd
+    operand = operands[_OPERANDS[_TARGETS.index(target.value)]]
+    compare = Compare(fields.bytes("key"), target, operand, relation, fields.bytes("range_end"))
+    fields.refuse_rest()
+    return compare
+
+
+T = TypeVar("T")
+
+
+class _Fields:
+    """A message's fields, by their protobuf or their JSON name. Options that nobody took are refused if they are
+    switched on and etcd would heed them."""
+
+    UNSUPPORTED: Final = frozenset(
+        {
+            "fragment",
+            "filters",
+            "ignore_lease",
+            "ignore_value",
+            "max_create_revision",
+            "max_mod_revision",
+            "min_create_revision",
+            "min_mod_revision",
+            "prev_kv",
+            "sort_order",
+            "sort_target",
+        }
+    )
+
+    def __init__(self, raw: Json, message: str) -> None:
+        self._raw = {_snake(name): value for name, value in raw.items() if value is not None}
+        self._message = message
+
+    def _take(self, name: str, convert: Callable[[Any], T], default: T) -> T:
+        if name not in self._raw:
+            return default
+        try:
+            return convert(self._raw.pop(name))
+        except (ValueError, TypeError) as exc:  # binascii.Error is a ValueError
+            raise StoreRejected(INVALID_ARGUMENT, f"{self._message}.{name}: {exc}") from exc
+
+    def bytes(self, name: str) -> bytes:
+        return self._take(name, _bytes, b"")
+
+    def integer(self, name: str) -> int:
+        return self._take(name, _integer, 0)
+
+    def boolean(self, name: str) -> bool:
+        return self._take(name, _boolean, False)
+
+    def name(self, name: str, names: Sequence[str]) -> str:
+        return self._take(name, lambda value: _name(value, names), names[0])
+
+    def object(self, name: str) -> Json | None:
+        return self._take(name, _object, None)
+
+    def objects(self, name: str) -> list[Json]:
+        return self._take(name, _objects, [])
+
+    def refuse_rest(self) -> None:
+        for name, value in self._raw.items():
+            if name in self.UNSUPPORTED and value not in (False, 0, "0", "NONE", "KEY", []):
+                raise StoreRejected(UNIMPLEMENTED, f"the embedded store has no {self._message}.{name}")
+
+
+def _snake(name: str) -> str:
+    if name.islower() or name.isupper():  # "ID", "TTL"
+        return name
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, str):
+        raise TypeError("base64 text is wanted")
+    try:
+        return base64.b64decode(value, validate=True)
+    except binascii.Error as exc:
+        raise ValueError(f"illegal base64 data: {exc}") from exc
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError("an integer, or its text, is wanted")
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError("does not fit 64 bits")
+    return number
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false is wanted")
+    return value
+
+
+def _name(value: object, names: Sequence[str]) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return names[value]
+    if isinstance(value, str) and value in names:
+        return value
+    raise ValueError(f"unknown value {value!r}")
+
+
+def _object(value: object) -> Json:
+    if not isinstance(value, dict):
+        raise StoreRejected(INVALID_ARGUMENT, "a JSON object is wanted")
+    return value
+
+
+def _objects(value: object) -> list[Json]:
+    if not isinstance(value, list):
+        raise TypeError("a list is wanted")
+    return [_object(each) for each in value]
+
+
+def watch_request(raw: Json) -> tuple[bytes, bytes, int, int, bool] | None:
+    """(key, range_end, start_revision, watch_id, progress_notify) of a WatchCreateRequest; None for another kind."""
+    create = _Fields(raw, "WatchRequest").object("create_request")
+    if create is None:
+        return None
+    fields = _Fields(create, "WatchCreateRequest")
+    asked = (
+        fields.bytes("key") or b"\0",  # etcd takes an empty key for the first of all
+        fields.bytes("range_end"),
+        fields.integer("start_revision"),
+        fields.integer("watch_id"),
+        fields.boolean("progress_notify"),
+    )
+    fields.refuse_rest()
+    return asked
+
+
+def integer_of(raw: Json, name: str) -> int:
+    """One integer field of a small request (ID, TTL, revision)."""
+    return _Fields(raw, "request").integer(name)
+
+
+def boolean_of(raw: Json, name: str) -> bool:
+    """One boolean field of a small request."""
+    return _Fields(raw, "request").boolean(name)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def encode_bytes(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
+
+
+def encode_kv(kv: KeyValue) -> Json:
+    """KeyValue; a tombstone has a key and the revision of its deletion."""
+    out: Json = {"key": encode_bytes(kv.key)}
+    if kv.create_revision:
+        out["create_revision"] = str(kv.create_revision)
+    out["mod_revision"] = str(kv.mod_revision)
+    if kv.version:
+        out["version"] = str(kv.version)
+    if kv.value:
+        out["value"] = encode_bytes(kv.value)
+    if kv.lease:
+        out["lease"] = str(kv.lease)
+    return out
+
+
+def encode_event(event: Event) -> Json:
+    """Event; a put's type is the zero of its enum and so left out."""
+    if event.is_delete:
+        return {"type": "DELETE", "kv": encode_kv(event.kv)}
+    return {"kv": encode_kv(event.kv)}
+
+
+def encode_range(result: RangeResult, header: Json) -> Json:
+    out: Json = {"header": header}
+    if result.kvs:
+        out["kvs"] = [encode_kv(kv) for kv in result.kvs]
+    if result.more:
+        out["more"] = True
+    if result.count:
+        out["count"] = str(result.count)
+    return out
+
+
+def encode_delete(result: DeleteResult, header: Json) -> Json:
+    return {"header": header, "deleted": str(result.deleted)} if result.deleted else {"header": header}
+
+
+def encode_txn(result: TxnResult, header: Json) -> Json:
+    """TxnResponse. The answers inside have a header with a revision only, those of nested transactions an empty one."""
+    out: Json = {"header": header}
+    if result.succeeded:
+        out["succeeded"] = True
+    if result.results:
+        out["responses"] = [_encode_op(each) for each in result.results]
+    return out
+
+
+def _encode_op(result: OpResult) -> Json:
+    header = {"revision": str(result.revision)}
+    match result:
+        case PutResult():
+            return {"response_put": {"header": header}}
+        case DeleteResult():
+            return {"response_delete_range": encode_delete(result, header)}
+        case RangeResult():
+            return {"response_range": encode_range(result, header)}
+        case TxnResult():
+            return {"response_txn": encode_txn(result, {})}
+
+
+def encode_time_to_live(lease: int, found: LeaseKeys | None, header: Json, *, with_keys: bool) -> Json:
+    out: Json = {"header": header, "ID": str(lease)}
+    if found is None:
+        out["TTL"] = "-1"
+        return out
+    if found.ttl_s:
+        out["TTL"] = str(found.ttl_s)
+    out["grantedTTL"] = str(found.granted_ttl_s)
+    if with_keys and found.keys:
+        out["keys"] = [encode_bytes(key) for key in found.keys]
+    return out
+
+
+def encode_refusal(refusal: StoreRejected) -> tuple[int, bytes]:
+    """HTTP status and body of a refused unary request."""
+    message = COMPACTED if isinstance(refusal, Compacted) else refusal.message
+    body = {"error": message, "code": refusal.code, "message": message}
+    return HTTP_STATUS.get(refusal.code, 500), orjson.dumps(body)
+
+
+def encode_stream_refusal(refusal: StoreRejected) -> bytes:
+    """The last line of a stream that ends in an error; it has no newline."""
+    status = HTTP_STATUS.get(refusal.code, 500)
+    error = {
+        "grpc_code": refusal.code,
+        "http_code": status,
+        "message": refusal.message,
+        "http_status": _STATUS_TEXT.get(status, ""),
+    }
+    return orjson.dumps({"error": error})
+
+
+_STATUS_TEXT: Final = {400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+def bytes_in(op: Op) -> int:
+    """About what this operation weighs in etcd's own encoding: keys and values, and a little for each part."""
+    match op:
+        case Put():
+            return len(op.key) + len(op.value) + 16
+        case Delete() | Range():
+            return len(op.key) + len(op.range_end) + 16
+        case Txn():
+            compares = sum(
+                len(each.key) + (len(each.operand) if isinstance(each.operand, bytes) else 8) + 16
+                for each in op.compares
+            )
+            return compares + sum(bytes_in(each) for each in (*op.success, *op.failure))
