@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from shardlead.core.keyspace import CLUSTER_NAME_RULE, WORKER_NAME_RULE, is_cluster_name, is_worker_name
 from shardlead.core.model import SHARDS_MAX
+from shardlead.core.routing import KeyRules
 from shardlead.errors import Problem
 
 WORKER_IDLE_TIMEOUT_S: Final = 75.0  # after how long a worker closes an unused connection; a router must do it earlier
@@ -67,6 +68,14 @@ def _is_key_rule(rule: str) -> bool:
             return False
 
 
+def _are_key_rules(rules: Sequence[str]) -> bool:
+    try:
+        KeyRules.parse(rules)
+    except ValueError:
+        return False
+    return bool(rules) and all(map(_is_key_rule, rules))
+
+
 CLUSTER_NAME: Final = Rule(CLUSTER_NAME_RULE, is_cluster_name)
 WORKER_NAME: Final = Rule(f"empty, or {WORKER_NAME_RULE}", lambda name: not name or is_worker_name(name))
 HOST: Final = Rule("an IP address or a host name, without port", _is_host)
@@ -79,7 +88,7 @@ ENDPOINTS: Final = Rule(
 FILE: Final = Rule("empty, or a file that can be read", lambda path: "\0" not in path)
 KEY_RULES: Final = Rule(
     'one or more of "path:/template/{key}/*" (with one {key}), "header:<name>", "query:<name>"',
-    lambda rules: bool(rules) and all(map(_is_key_rule, rules)),
+    _are_key_rules,
 )
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
