@@ -1,0 +1,287 @@
+"""The gate before one request's connection: what an application sends passes only while its leadership is valid.
+
+Law: protocol.md A.4. The guard is asked at the point of use, synchronously, with no await between the answer "valid"
+and the bytes handed to the transport. If it fails before the first byte of the answer has left, nothing leaves and
+the runtime answers in the application's stead; if it fails later, the connection is reset, so that nobody can take
+what came for a whole answer.
+
+Why nothing slips by: aiohttp's `web.Server(request_factory=…)` asks for the request and hands over the connection's
+protocol. The request made here has a protocol whose transport is guarded, and a writer upon that protocol; all that
+aiohttp and an application can send (heads, bodies, compressed or not, files, WebSocket frames, bytes written by hand)
+ends in that transport's write. No private attribute of aiohttp is named. What a newer aiohttp or Python may ask of a
+transport besides is not implemented here: it fails, it does not pass.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.http import RawRequestMessage, StreamWriter
+from aiohttp.streams import StreamReader
+from multidict import CIMultiDict
+
+from shardlead.core.contract import RESERVED_PREFIX
+from shardlead.worker.leadership import Leadership
+
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_GOING_AWAY: Final = b"\x88\x02\x03\xe9"  # an unmasked WebSocket close frame, code 1001
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
+
+Bytes = bytes | bytearray | memoryview
+
+
+class AnswerCut(ConnectionResetError):
+    """The leadership is not valid any more: nothing more of this answer leaves.
+
+    A ConnectionResetError, because that is what an application that streams is ready for.
+    """
+
+
+class Gate:
+    """One request's way out: open for the runtime's own answers, guarded while the application answers, then cut.
+
+    Not promised: that bytes which passed were received; the kernel or the peer may still drop them.
+    """
+
+    __slots__ = (
+        "_guarded",
+        "_is_websocket",
+        "_lead",
+        "_loop",
+        "_message",
+        "_need_s",
+        "_on_tunnel",
+        "_payload",
+        "_protocol",
+        "_transport",
+        "has_begun",
+        "is_cut",
+        "is_tunnel",
+    )
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._message = message
+        self._payload = payload
+        self._protocol = protocol
+        self._loop = loop
+        self._guarded = cast(web.RequestHandler, _GuardedProtocol(self, protocol))
+        self._transport: _GuardedTransport | None = None
+        self._lead: Leadership | None = None
+        self._need_s = 0.0
+        self._on_tunnel: Callable[[], None] | None = None
+        self.has_begun = False  # a byte of the application's answer may have left
+        self.is_cut = False
+        self.is_tunnel = False
+        self._is_websocket = False
+
+    def __repr__(self) -> str:
+        state = "cut" if self.is_cut else "open" if self._lead is None else "guarded"
+        return f"<Gate {state}{' begun' if self.has_begun else ''}{' tunnel' if self.is_tunnel else ''}>"
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is still somebody to answer."""
+        transport = self._protocol.transport
+        return transport is not None and not transport.is_closing()
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """The connection's transport behind this gate; None once the connection is lost."""
+        inner = self._protocol.transport
+        if inner is None:
+            return None
+        if self._transport is None:
+            self._transport = _GuardedTransport(self, inner)
+        return self._transport
+
+    def request(self, task: "asyncio.Task[None]", *, body_bytes_max: int) -> web.Request:
+        """The request as the application sees it, with this gate before everything it can send by."""
+        writer = GuardedWriter(self, self._guarded, self._loop)
+        return web.Request(
+            self._message,
+            self._payload,
+            self._guarded,
+            writer,
+            task,
+            self._loop,
+            client_max_size=body_bytes_max,
+        )
+
+    def own_request(self, task: "asyncio.Task[None]") -> web.Request:
+        """The same request for the runtime's own answer, past the guard and free of what the application prepared."""
+        assert not self.has_begun, "an answer that has begun can only be reset"
+        writer = StreamWriter(self._protocol, self._loop)
+        return web.Request(self._message, self._payload, self._protocol, writer, task, self._loop)
+
+    async def write_continue(self) -> None:
+        """Tell the peer to send the body it has announced."""
+        await StreamWriter(self._protocol, self._loop).write(_CONTINUE)
+
+    def guard(self, lead: Leadership, need_s: float, on_tunnel: Callable[[], None]) -> None:
+        """From here on the application answers; `on_tunnel` is called when it upgrades the connection."""
+        self._lead, self._need_s, self._on_tunnel = lead, need_s, on_tunnel
+
+    def check(self) -> None:
+        """Raise AnswerCut unless the application may send now. No await may stand between this and the sending."""
+        if self._lead is None:
+            return
+        if self.is_cut:
+            raise AnswerCut("this answer is over")
+        if not self._lead.is_valid(self._need_s):
+            self.cut()
+            raise AnswerCut("the leadership ended before the answer did")
+
+    def pass_bytes(self) -> None:
+        """As `check`, for bytes that leave right after."""
+        self.check()
+        self.has_begun = self._lead is not None
+
+    def cut(self) -> None:
+        """Nothing of the application passes any more; an answer that has begun ends in a reset."""
+        self.is_cut = True
+        if self.has_begun:
+            self.reset()
+
+    def finish(self) -> None:
+        """The application's time to answer is over: what it left running writes no more."""
+        self.is_cut = True
+
+    def begin_answer(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        """The application hands over the head of its answer; its `Shardlead-*` headers stay here."""
+        if self._lead is None:
+            return
+        self.check()
+        if self.has_begun:
+            raise RuntimeError("a second answer to one request")
+        for name in [name for name in headers if name.lower().startswith(RESERVED_PREFIX)]:
+            headers.popall(name, None)
+        if status_line.split(" ", 2)[1] == "101":
+            self.is_tunnel = True
+            self._is_websocket = headers.get("Upgrade", "").lower() == "websocket"
+            if self._on_tunnel is not None:
+                self._on_tunnel()
+
+    def close(self) -> None:
+        """Send what has passed, then close the connection, whatever the peer still sends.
+
+        For a tunnel this is its end: a WebSocket is told so, if the leadership is still valid; else it is reset.
+        """
+        if self.is_tunnel and not self.is_cut:
+            if self._lead is not None and not self._lead.is_valid(self._need_s):
+                self.cut()
+                return
+            self.is_cut = True
+            transport = self._protocol.transport
+            if self._is_websocket and transport is not None and not transport.is_closing():
+                transport.write(_GOING_AWAY)  # between two frames: each is written whole
+        self._protocol.force_close()
+
+    def reset(self) -> None:
+        """Drop what has not left yet and reset the connection, so that the peer sees an error, never an end."""
+        transport = self._protocol.transport
+        if transport is not None:
+            sock = transport.get_extra_info("socket")
+            if sock is not None:
+                with suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            transport.abort()
+        self._protocol.force_close()
+
+
+class GuardedWriter(StreamWriter):
+    """aiohttp's writer of one answer, upon the guarded protocol."""
+
+    def __init__(self, gate: Gate, protocol: web.RequestHandler, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(protocol, loop)
+        self.gate = gate
+
+    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        self.gate.begin_answer(status_line, headers)
+        await super().write_headers(status_line, headers)
+
+
+class _GuardedProtocol:
+    """aiohttp's connection as a request sees it: all of it, but its transport behind the gate."""
+
+    __slots__ = ("_gate", "_protocol")
+
+    def __init__(self, gate: Gate, protocol: web.RequestHandler) -> None:
+        self._gate = gate
+        self._protocol = protocol
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        return self._gate.transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol, name)
+
+
+class _GuardedTransport(asyncio.Transport):
+    """A transport whose writes pass the gate. Whatever else it is asked for is not implemented, on purpose:
+
+    `loop.sendfile` then gives up, and aiohttp sends a file piece by piece through the writer, each piece guarded.
+    """
+
+    def __init__(self, gate: Gate, inner: asyncio.Transport) -> None:
+        super().__init__()
+        self._gate = gate
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"a guarded transport has no {name!r}")
+
+    def write(self, data: Bytes) -> None:
+        self._gate.pass_bytes()
+        self._inner.write(data)
+
+    def writelines(self, list_of_data: Iterable[Bytes]) -> None:
+        self._gate.pass_bytes()
+        self._inner.writelines(list_of_data)
+
+    def write_eof(self) -> None:
+        self._gate.pass_bytes()
+        self._inner.write_eof()
+
+    def can_write_eof(self) -> bool:
+        return self._inner.can_write_eof()
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def is_closing(self) -> bool:
+        return self._inner.is_closing()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._inner.get_extra_info(name, default)
+
+    def pause_reading(self) -> None:
+        self._inner.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._inner.resume_reading()
+
+    def is_reading(self) -> bool:
+        return self._inner.is_reading()
+
+    def get_write_buffer_size(self) -> int:
+        return self._inner.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._inner.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._inner.set_write_buffer_limits(high, low)

@@ -1,0 +1,505 @@
+"""The worker's HTTP server: between the router and the application's objects stands the contract, and nothing else.
+
+    head ─▸ admission ─▸ (parked ─▸) admitted ─▸ 100 Continue, if asked for ─▸ handle ─▸ guard ─▸ answer
+                │ turned: 421 or 503, body unread                                        │ failed, not begun:
+                ▾                                                                        ▾ safe: 421, 503; else 502
+            the router sends again                                          begun: the connection is reset
+
+Law: design.md, "The contract between router and worker", and protocol.md A.4. A refusal is given only where the handler
+has not run, or where running it again is safe. What an application raises is logged here, once, and never shown to a
+client. Idle connections are left for the router to close. This module decides nothing about leadership: `Host` does.
+"""
+
+import asyncio
+import errno
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, assert_never
+from urllib.parse import unquote_to_bytes
+
+import orjson
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.config import WorkerSettings
+from shardlead.core import contract
+from shardlead.core.contract import Refused
+from shardlead.core.ownership import FencedOff, Serving
+from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError
+from shardlead.metrics import WorkerMetrics
+from shardlead.worker.application import Description, Hosted
+from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
+from shardlead.worker.host import Admitted, Host, Parked, Turned
+from shardlead.worker.tenure import Tenure
+
+_log = logging.getLogger("shardlead.worker.http")
+
+KEEPALIVE_TIMEOUT_S: Final = 75.0  # longer than any router's: upstream_idle_timeout_s is 30 s, checked to be below 75
+FIELD_BYTES_MAX: Final = 262_144  # one line or header field; a router's whole head is 32 KiB by default
+HEADERS_MAX: Final = 1_024  # a router allows 100 by default and adds fewer than ten
+BACKLOG: Final = 1_024  # connections that wait to be accepted when many routers come at once
+CLOSE_TIMEOUT_S: Final = 1.0  # for answers still under way when the server closes; drained work has ended before
+
+_KEY: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})+")  # visible ASCII; each % begins an escape
+_NUMBER: Final = re.compile(r"[0-9]{1,16}")  # an epoch is below 2**53
+
+_ROUTER_HINT: Final = (
+    "this is a worker: it takes requests from a shardlead router or the smart client, which say shard and epoch in "
+    "Shardlead-* headers. Send yours to the router's port."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the router says about a request, checked."""
+
+    shard: int
+    epoch: int
+    expects_continue: bool
+
+
+class Front:
+    """The server: `start`, then serve until `stop_accepting`, `linger`, `close`, in this order."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        host: Host,
+        application: Description,
+        *,
+        clock: Clock,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._application = application
+        self._clock = clock
+        self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in _OUTCOMES}
+        self._duration = metrics.request_duration
+        self._running = metrics.requests_running
+        self._parked_gauge = metrics.requests_parked
+        self._failures = metrics.application_failures.labels("handle")
+        self._parked = 0
+        self._is_leaving = False
+        self._is_mismatch_logged = False
+        self._server: _Server | None = None
+        self._runner: web.ServerRunner | None = None
+        self._site: web.TCPSite | None = None
+
+    def __repr__(self) -> str:
+        connections = self._server.open_connections if self._server else 0
+        leaving = " leaving" if self._is_leaving else ""
+        return f"<Front {self._settings.host} connections={connections} parked={self._parked}{leaving}>"
+
+    # --- its life ------------------------------------------------------------------------------------------------
+
+    async def start(self) -> str:
+        """Listen; returns the "host:port" that routers connect to (`advertise`, if set).
+
+        Raises CommandError if the port is taken or the address is not this machine's.
+        """
+        settings = self._settings
+        self._server = _Server(
+            self._answer,
+            request_factory=self._make_request,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            access_log=None,
+            logger=_log,
+            max_line_size=FIELD_BYTES_MAX,
+            max_field_size=FIELD_BYTES_MAX,
+            max_headers=HEADERS_MAX,
+        )
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=CLOSE_TIMEOUT_S)
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
+        try:
+            await self._site.start()
+        except OSError as exc:
+            await self._runner.cleanup()
+            raise _not_listening(settings, exc) from exc
+        host, port = self._runner.addresses[0][:2]
+        return settings.advertise or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+    async def stop_accepting(self) -> None:
+        """Take no new connection; from here on answers tell the peer to close. Safe to call twice."""
+        self._is_leaving = True
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+
+    async def linger(self, timeout_s: float) -> bool:
+        """Go on answering until every peer has closed its connections; False if `timeout_s` passed before."""
+        if self._server is None:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._server.wait_empty()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Close what is still open. Answers under way get a second. Safe to call twice, or before `start`."""
+        self._is_leaving = True
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = self._site = None
+
+    @property
+    def open_connections(self) -> int:
+        """How many peers are connected now."""
+        return self._server.open_connections if self._server else 0
+
+    # --- one request ---------------------------------------------------------------------------------------------
+
+    def _make_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        _writer: AbstractStreamWriter,  # stays unused: the gate's own writes through its guarded transport
+        task: "asyncio.Task[None]",
+    ) -> web.Request:
+        gate = Gate(message, payload, protocol, asyncio.get_running_loop())
+        return gate.request(task, body_bytes_max=self._settings.body_bytes_max)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """From head to answer. Raises nothing but CancelledError of a closing server."""
+        writer = request.writer
+        assert isinstance(request, web.Request)
+        assert isinstance(writer, GuardedWriter)
+        gate = writer.gate
+        try:
+            call = self._read(request)
+        except RequestError as exc:
+            self._outcomes["bad-request"].inc()
+            return await self._refuse(request, gate, problem(exc.status, exc.kind, exc.detail))
+        verdict = self._host.admission(call.shard, call.epoch)
+        if isinstance(verdict, Parked):
+            verdict = await self._park(call)
+            if not gate.is_connected:  # nobody waits for this any more: do not begin it
+                self._outcomes["cancelled"].inc()
+                return _Sent(keep_alive=False)
+        match verdict:
+            case Admitted(tenure=tenure):
+                return await self._serve(request, gate, tenure, call)
+            case Turned():
+                self._outcomes[verdict.reason].inc()
+                return await self._refuse(request, gate, refusal(call.shard, verdict))
+            case _:
+                assert_never(verdict)
+
+    def _read(self, request: web.Request) -> Call:
+        """The router's words, checked against the body's limits and this cluster's ring. Raises RequestError."""
+        headers = request.headers
+        shard, epoch, key = (headers.getall(name, []) for name in (contract.SHARD, contract.EPOCH, contract.KEY))
+        if not shard and not epoch and not key:
+            raise RequestError(contract.Problem.BAD_REQUEST, _ROUTER_HINT)
+        if len(shard) != 1 or len(epoch) != 1 or len(key) != 1:
+            raise RequestError(contract.Problem.BAD_REQUEST, "each of the Shardlead-* headers must stand there once")
+        call = Call(_number(contract.SHARD, shard[0]), _number(contract.EPOCH, epoch[0]), _expects_continue(request))
+        owner = self._host.shard_of(key_of(key[0]))
+        if owner != call.shard:
+            self._log_mismatch(call.shard, owner)
+            raise RequestError(
+                contract.Problem.BAD_REQUEST,
+                f"the key belongs to shard {owner} here, the caller says {call.shard}: it has the ring of another "
+                f"cluster; check its cluster name and store",
+            )
+        length = request.content_length
+        if length is not None and length > self._settings.body_bytes_max:
+            detail = f"the body has {length} bytes, this worker takes {self._settings.body_bytes_max}"
+            raise RequestError(contract.Problem.TOO_LARGE, detail, status=413)
+        return call
+
+    async def _park(self, call: Call) -> Admitted | Turned:
+        """Wait until the shard is open or known to be elsewhere. Beyond the bounds: ask again, the epoch may stay."""
+        turned_away = Turned(Refused.SUSPENDED, call.epoch)
+        if self._parked >= self._settings.parked_max:
+            return turned_away
+        self._parked += 1
+        self._parked_gauge.set(self._parked)
+        try:
+            async with asyncio.timeout(self._settings.park_timeout_s):
+                while isinstance(verdict := self._host.admission(call.shard, call.epoch), Parked):
+                    await self._host.changed(call.shard)
+                return verdict
+        except TimeoutError:
+            return turned_away
+        finally:
+            self._parked -= 1
+            self._parked_gauge.set(self._parked)
+
+    async def _serve(self, request: web.Request, gate: Gate, tenure: Tenure, call: Call) -> web.StreamResponse:
+        """Let the application answer, inside its tenure, behind the gate."""
+        task = asyncio.current_task()
+        assert task is not None
+        started_ns = self._clock.now_ns()
+        fenced: Fenced | None = None
+        tenure.enter(task)
+        self._running.inc()
+        try:
+            if call.expects_continue:
+                await gate.write_continue()
+            gate.guard(tenure.lead, self._settings.handle_need_s, lambda: tenure.tunnels.add(gate))
+            response = await self._handle(request, tenure)
+            await self._send(response, request)
+            self._outcomes["answered"].inc()
+            return _Sent(keep_alive=bool(response.keep_alive))
+        except (AnswerCut, LeadershipError) as exc:
+            failure: Exception | None = None
+            fenced = exc if isinstance(exc, Fenced) else None
+        except asyncio.CancelledError as exc:
+            if task.cancelling() == 0:  # of the application's own making: it awaited something that was cancelled
+                failure = RuntimeError("handle was cancelled from within")
+                failure.__cause__ = exc
+            elif tenure.is_lost:
+                failure = None
+                if task.uncancel() > 0:
+                    raise
+            else:
+                raise
+        except Exception as exc:
+            failure = exc
+        finally:
+            self._running.dec()
+            tenure.leave(task)
+            tenure.tunnels.discard(gate)
+            gate.finish()
+            self._duration.observe((self._clock.now_ns() - started_ns) / NS_PER_S)
+        if fenced is not None and self._host.state(call.shard) == Serving(call.epoch):
+            self._host.feed(call.shard, FencedOff(str(fenced)))  # as for open() and run(): a new epoch, a fresh object
+        return await self._answer_instead(request, gate, tenure, call, failure)
+
+    async def _handle(self, request: web.Request, tenure: Tenure) -> web.StreamResponse:
+        application = tenure.application
+        assert isinstance(application, Hosted), "an admitted tenure is open"
+        try:
+            response: object = await application.handle(request)
+        except web.HTTPException as exc:
+            return exc
+        if not isinstance(response, web.StreamResponse):
+            raise TypeError(f"handle must return an aiohttp response, not {response!r}")
+        return response
+
+    async def _send(self, response: web.StreamResponse, request: web.Request) -> None:
+        """Write the application's answer; a streamed one has been written by the handler, all but its end."""
+        if not response.prepared:
+            if self._is_leaving:
+                response.force_close()
+            await response.prepare(request)
+        await response.write_eof()
+
+    async def _answer_instead(
+        self, request: web.Request, gate: Gate, tenure: Tenure, call: Call, failure: Exception | None
+    ) -> web.StreamResponse:
+        """The runtime's answer where the application's will not come: it failed, or its leadership ended."""
+        if isinstance(failure, ConnectionError) and not gate.is_connected:
+            self._outcomes["cancelled"].inc()
+            return _Sent(keep_alive=False)
+        facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
+        if failure is not None:
+            self._failures.inc()
+            _log.error("application raised in handle", exc_info=failure, extra=facts)
+        if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
+            self._outcomes["application-error"].inc()
+            answer = problem(
+                500, contract.Problem.APPLICATION_ERROR, "the application failed; its log says why", shard=call.shard
+            )
+        elif request.method in contract.SAFE_METHODS:
+            verdict = self._host.admission(call.shard, call.epoch)
+            turned = verdict if isinstance(verdict, Turned) else Turned(Refused.SUSPENDED, call.epoch)
+            self._outcomes[turned.reason].inc()
+            answer = refusal(call.shard, turned)
+        else:
+            self._outcomes["outcome-unknown"].inc()
+            answer = self._outcome_unknown(call)
+        if gate.has_begun:
+            _log.warning("answer reset", extra=facts)
+            gate.reset()
+            return _Sent(keep_alive=False)
+        if self._is_leaving or not request.content.is_eof():
+            answer.force_close()
+        own = gate.own_request(request.task)
+        with suppress(ConnectionError):
+            await answer.prepare(own)
+            await answer.write_eof()
+        return _Sent(keep_alive=bool(answer.keep_alive))
+
+    async def _refuse(self, request: web.Request, gate: Gate, answer: web.Response) -> web.StreamResponse:
+        """Answer without the application, before it. A body that waits for a 100 is never asked for, nor read."""
+        if self._is_leaving:
+            answer.force_close()
+        if not _announces_body(request):
+            return answer
+        answer.force_close()
+        with suppress(ConnectionError):
+            await answer.prepare(request)
+            await answer.write_eof()
+        gate.close()
+        return _Sent(keep_alive=False)
+
+    def _outcome_unknown(self, call: Call) -> web.Response:
+        advice = (
+            "send it again with the same Idempotency-Key" if self._application.idempotent else "look before you repeat"
+        )
+        detail = f"the leadership ended while the request was handled, so its effect is not known: {advice}"
+        return problem(
+            502,
+            contract.Problem.OUTCOME_UNKNOWN,
+            detail,
+            shard=call.shard,
+            headers={contract.OUTCOME: contract.OUTCOME_IS_UNKNOWN},
+        )
+
+    def _log_mismatch(self, said: int, owner: int) -> None:
+        if not self._is_mismatch_logged:
+            self._is_mismatch_logged = True
+            _log.error("a caller has another ring; told once", extra={"shard": owner, "caller_says": said})
+
+
+class _Sent(web.StreamResponse):
+    """What aiohttp is given for an answer that has been written, or will not be."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._stays_open = keep_alive
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return self._stays_open
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 aiohttp's name
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002 aiohttp's name
+        return None
+
+
+class _Server(web.Server):
+    """aiohttp's server, which besides says when its last connection has closed."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # passed on as they came
+        self.open_connections = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        self.open_connections += 1
+        self._empty.clear()
+        super().connection_made(handler, transport)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self.open_connections -= 1
+        if self.open_connections == 0:
+            self._empty.set()
+        super().connection_lost(handler, exc)
+
+    async def wait_empty(self) -> None:
+        """Until no connection is open; the caller bounds it."""
+        await self._empty.wait()
+
+
+# --- the contract's words ----------------------------------------------------------------------------------------
+
+_OUTCOMES: Final = (
+    "answered",
+    "application-error",
+    "stale",
+    "draining",
+    "unknown",
+    "suspended",
+    "outcome-unknown",
+    "cancelled",
+    "bad-request",
+)
+
+_TITLES: Final[Mapping[str, str]] = {
+    contract.Problem.BAD_REQUEST: "Request cannot be used",
+    contract.Problem.KEY_TOO_LONG: "Key is too long",
+    contract.Problem.TOO_LARGE: "Body is too large",
+    contract.Problem.MISDIRECTED: "Shard is not led here",
+    contract.Problem.SUSPENDED: "Shard cannot be served at this moment",
+    contract.Problem.OUTCOME_UNKNOWN: "Outcome is not known",
+    contract.Problem.APPLICATION_ERROR: "Application failed",
+}
+
+_REASONS: Final[Mapping[Refused, str]] = {
+    Refused.STALE: "this worker does not lead the shard under that epoch",
+    Refused.DRAINING: "this worker is handing the shard over",
+    Refused.UNKNOWN: "this worker knows nothing of the shard",
+    Refused.SUSPENDED: "the shard cannot be served at this moment; ask again",
+}
+
+
+def problem(
+    status: int, kind: str, detail: str, *, shard: int | None = None, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """An answer of the runtime itself (RFC 9457)."""
+    body: dict[str, object] = {
+        "type": contract.PROBLEM_BASE + kind,
+        "title": _TITLES[kind],
+        "status": status,
+        "detail": detail,
+    }
+    if shard is not None:
+        body["shard"] = shard
+    return web.Response(status=status, body=orjson.dumps(body), content_type=contract.PROBLEM_JSON, headers=headers)
+
+
+def refusal(shard: int, turned: Turned) -> web.Response:
+    """The refusal that the router understands; the handler has not run, or may safely run again."""
+    headers = {contract.REFUSED: turned.reason.value, contract.EPOCH: str(turned.epoch)}
+    if turned.leader:
+        headers[contract.LEADER] = turned.leader
+    detail = _REASONS[turned.reason]
+    if turned.reason is Refused.SUSPENDED:
+        headers["Retry-After"] = "1"
+        return problem(503, contract.Problem.SUSPENDED, detail, shard=shard, headers=headers)
+    return problem(contract.STATUS_MISDIRECTED, contract.Problem.MISDIRECTED, detail, shard=shard, headers=headers)
+
+
+def key_of(text: str) -> bytes:
+    """The key that `Shardlead-Key` spells. Raises RequestError if it spells none, or one that is too long."""
+    if _KEY.fullmatch(text) is None:
+        raise RequestError(contract.Problem.BAD_REQUEST, f"{contract.KEY} is empty or not percent-encoded")
+    key = unquote_to_bytes(text)
+    if len(key) > contract.KEY_BYTES_MAX:
+        detail = f"the key has {len(key)} bytes; {contract.KEY_BYTES_MAX} are allowed"
+        raise RequestError(contract.Problem.KEY_TOO_LONG, detail)
+    return key
+
+
+def _number(name: str, text: str) -> int:
+    if _NUMBER.fullmatch(text) is None:
+        raise RequestError(contract.Problem.BAD_REQUEST, f"{name} is not a number")
+    return int(text)
+
+
+def _announces_body(request: web.BaseRequest) -> bool:
+    """Whether the peer asked for a 100 before it sends its body."""
+    return "Expect" in request.headers
+
+
+def _expects_continue(request: web.BaseRequest) -> bool:
+    """As above, and the expectation is one that can be met. Raises RequestError (417) for another."""
+    expected = request.headers.get("Expect")
+    if expected is None or request.version < HttpVersion11:
+        return False
+    if expected.strip().lower() != "100-continue":
+        raise RequestError(contract.Problem.BAD_REQUEST, "Expect can only be 100-continue", status=417)
+    return True
+
+
+def _not_listening(settings: WorkerSettings, exc: OSError) -> CommandError:
+    where = f"{settings.host}:{settings.port}"
+    if exc.errno == errno.EADDRINUSE:
+        return CommandError(f"{where} is taken: choose another port with --port or worker.port (0: any free one)")
+    return CommandError(f"cannot listen on {where}: {exc.strerror or exc}; see worker.host and worker.port")
