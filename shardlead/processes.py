@@ -70,6 +70,8 @@ class Process:
         self.log = log
         self.returncode: int | None = None
         """Its exit code, negative for a signal; None while it runs."""
+        self.was_asked = False
+        """Whether `terminate` was called while it ran."""
         self._process: asyncio.subprocess.Process | None = None
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
@@ -134,6 +136,10 @@ class Process:
         assert self.returncode is not None
         return self.returncode
 
+    async def ended(self) -> None:
+        """Returns once it has ended. Unbounded on purpose: this is how to learn of a death that nobody expects."""
+        await self._ended.wait()
+
     def tail(self) -> str:
         """The last lines it printed."""
         return "\n".join(self._tail)
@@ -144,6 +150,7 @@ class Process:
 
     def terminate(self) -> None:
         """SIGTERM to the process as it was started, as an operator or a supervisor would send it."""
+        self.was_asked = self.was_asked or self.is_running
         self._send(self.root_pid, signal.SIGTERM)
 
     def kill(self) -> None:
