@@ -20,7 +20,7 @@ import fcntl
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -38,12 +38,13 @@ BODY_BYTES_MAX: Final = 4 * 1_048_576  # a request of REQUEST_BYTES_MAX in base6
 WATCHERS_MAX: Final = 1_024
 LEASES_MAX: Final = 10_000
 LEASE_TICK_S: Final = 0.1
-STALL_NS: Final = 250_000_000  # not heard of the clock for longer than this: the process stood still
+STALL_NS: Final = 500_000_000  # the clock was not read for longer than this: the process stood still
 PROGRESS_INTERVAL_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 1.0
 REVISIONS_RESERVED: Final = 1_000_000
 REVISIONS_SPARE: Final = LEASES_MAX + 10_000  # reserve anew while so many are left: more than one step can use
 UNAVAILABLE: Final = 14
+KEEPALIVE: Final = "/v3/lease/keepalive"
 
 _LOG: Final = logging.getLogger("shardlead.store.embedded")
 _JSON: Final = {"Content-Type": "application/json"}
@@ -145,17 +146,14 @@ class EmbeddedStore:
         self._member = str(rng.getrandbits(63) | 1)
         self._wakers: set[asyncio.Event] = set()
         self._is_closing = False
-
-    def application(self) -> web.Application:
-        """The gateway's paths."""
-        application = web.Application(client_max_size=BODY_BYTES_MAX)
-        unary: dict[str, Callable[[wire.Json], wire.Json]] = {
+        self._answers: dict[str, Callable[[wire.Json], wire.Json]] = {
             "/v3/kv/range": self._range,
             "/v3/kv/put": self._put,
             "/v3/kv/deleterange": self._delete,
             "/v3/kv/txn": self._txn,
             "/v3/kv/compaction": self._compact,
             "/v3/lease/grant": self._grant,
+            KEEPALIVE: self._renew,
             "/v3/lease/revoke": self._revoke,
             "/v3/kv/lease/revoke": self._revoke,
             "/v3/lease/timetolive": self._time_to_live,
@@ -165,16 +163,25 @@ class EmbeddedStore:
             "/v3/maintenance/status": self._status,
             "/v3/auth/authenticate": _authenticate,
         }
-        application.add_routes([web.post(path, self._unary(answer)) for path, answer in unary.items()])
+
+    def application(self) -> web.Application:
+        """The gateway's paths."""
+        application = web.Application(client_max_size=BODY_BYTES_MAX)
+        application.add_routes([web.post(path, self._post) for path in self._answers])
         application.add_routes(
-            [
-                web.post("/v3/lease/keepalive", self._keepalive),
-                web.post("/v3/watch", self._watch),
-                web.get("/version", _version),
-                web.get("/health", _health),
-            ]
+            [web.post("/v3/watch", self._watch), web.get("/version", _version), web.get("/health", _health)]
         )
         return application
+
+    def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """HTTP status and body for one request to one of the paths that answer once (all but /v3/watch)."""
+        try:
+            result = self._answers[path](wire.parse_object(body))
+        except StoreRejected as refusal:
+            return wire.encode_refusal(refusal)
+        if path == KEEPALIVE:  # a stream of one answer
+            return 200, _line(result)
+        return 200, orjson.dumps(result)
 
     async def tick(self) -> None:
         """End the leases whose time is over, for ever."""
@@ -183,7 +190,7 @@ class EmbeddedStore:
                 with self._writing(None):
                     self.model.expire(self._time.now_ns())
             except StoreRejected as refusal:  # no revision can be reserved: writes are refused, leases stay
-                _LOG.error("leases do not expire", extra={"reason": refusal.message})  # noqa: TRY400  it says it all
+                _LOG.error("leases do not expire", extra={"reason": refusal.message})
             await asyncio.sleep(LEASE_TICK_S)
 
     def stop_watches(self) -> None:
@@ -191,18 +198,16 @@ class EmbeddedStore:
         self._is_closing = True
         self._publish()
 
-    # --- unary requests --------------------------------------------------------------------------------------
+    # --- requests with one answer ----------------------------------------------------------------------------
 
-    def _unary(self, answer: Callable[[wire.Json], wire.Json]) -> Callable[[web.Request], Awaitable[web.Response]]:
-        async def handle(request: web.Request) -> web.Response:
-            try:
-                result = answer(await _body(request))
-            except StoreRejected as refusal:
-                status, body = wire.encode_refusal(refusal)
-                return web.Response(status=status, body=body, headers=_JSON)
-            return web.Response(body=orjson.dumps(result), headers=_JSON)
-
-        return handle
+    async def _post(self, request: web.Request) -> web.Response:
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            status, answer = wire.encode_refusal(_too_large())
+        else:
+            status, answer = self.answer(request.path, body)
+        return web.Response(status=status, body=answer, headers=_JSON)
 
     def _range(self, raw: wire.Json) -> wire.Json:
         return wire.encode_range(self.model.range(wire.parse_range(raw)), self._header())
@@ -234,7 +239,7 @@ class EmbeddedStore:
             raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {LEASES_MAX} leases, its most")
         ttl_s, lease = wire.integer_of(raw, "TTL"), wire.integer_of(raw, "ID")
         grant = self.model.grant(ttl_s, self._time.now_ns(), lease)
-        return {"header": self._header(), "ID": str(grant.lease), "TTL": str(grant.ttl_s)}
+        return wire.encode_lease(grant.lease, grant.ttl_s, self._header())
 
     def _revoke(self, raw: wire.Json) -> wire.Json:
         with self._writing(None):
@@ -265,26 +270,19 @@ class EmbeddedStore:
             "dbSizeInUse": "1",
         }
 
-    # --- streams ---------------------------------------------------------------------------------------------
-
-    async def _keepalive(self, request: web.Request) -> web.Response:
-        """One request, one answer, as a unary caller of the stream sees it. A lease that is gone has no TTL."""
-        try:
-            lease = wire.integer_of(await _body(request), "ID")
-        except StoreRejected as refusal:
-            status, body = wire.encode_refusal(refusal)
-            return web.Response(status=status, body=body, headers=_JSON)
+    def _renew(self, raw: wire.Json) -> wire.Json:
+        """A lease that is gone has no TTL in the answer."""
+        lease = wire.integer_of(raw, "ID")
         with self._writing(None):
             ttl_s = self.model.renew(lease, self._time.now_ns())
-        result: wire.Json = {"header": self._header(), "ID": str(lease)}
-        if ttl_s:
-            result["TTL"] = str(ttl_s)
-        return web.Response(body=_line(result), headers=_JSON)
+        return wire.encode_lease(lease, ttl_s, self._header())
+
+    # --- the stream --------------------------------------------------------------------------------------------
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         """A watch lives until its client leaves. After a cancel it stays open and silent, as etcd's gateway does."""
         try:
-            asked = wire.watch_request(await _body(request))
+            asked = wire.watch_request(wire.parse_object(await request.read()))
             if len(self._wakers) >= WATCHERS_MAX:
                 raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {WATCHERS_MAX} watchers, its most")
         except StoreRejected as refusal:
@@ -346,7 +344,7 @@ class EmbeddedStore:
     def _writing(self, op: Op | None) -> Iterator[None]:
         """Around whatever may change the model: its size is checked, revisions are reserved, watchers are told."""
         if op is not None and wire.bytes_in(op) > REQUEST_BYTES_MAX:
-            raise StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large")
+            raise _too_large()
         self._reserve()
         before = self.model.revision
         yield
@@ -377,12 +375,8 @@ class EmbeddedStore:
             self._wakers.discard(waker)
 
 
-async def _body(request: web.Request) -> wire.Json:
-    try:
-        raw = await request.read()
-    except web.HTTPRequestEntityTooLarge as exc:
-        raise StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large") from exc
-    return wire.parse_object(raw)
+def _too_large() -> StoreRejected:
+    return StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large")
 
 
 def _line(result: wire.Json) -> bytes:

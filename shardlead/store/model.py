@@ -12,7 +12,7 @@ Law (etcd 3.4 and 3.5, measured):
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final, Never
@@ -297,18 +297,16 @@ class Model:
         return all(_is_met(compare, kv) for kv in present)
 
     def _check_taken(self, taken: "_Taken") -> None:
-        for op in taken.ops:
-            match op:
-                case Put() if op.lease and op.lease not in self._leases:
-                    raise StoreRejected(NOT_FOUND, LEASE_NOT_FOUND)
-                case Range() if op.revision > self.revision:
+        ops = list(taken.flat())
+        for op in ops:  # etcd looks at all leases before the first read
+            if isinstance(op, Put) and op.lease and op.lease not in self._leases:
+                raise StoreRejected(NOT_FOUND, LEASE_NOT_FOUND)
+        for op in ops:
+            if isinstance(op, Range) and op.revision:
+                if op.revision > self.revision:
                     raise StoreRejected(OUT_OF_RANGE, FUTURE_REVISION)
-                case Range() if op.revision and op.revision < self.compacted:
+                if op.revision < self.compacted:
                     raise Compacted(self.compacted)
-                case _Taken():
-                    self._check_taken(op)
-                case _:
-                    pass
 
     def _apply(self, taken: "_Taken", changes: list[Event]) -> TxnResult:
         results: list[OpResult] = []
@@ -410,6 +408,14 @@ class _Taken:
     succeeded: bool
     ops: tuple["Put | Delete | Range | _Taken", ...]
 
+    def flat(self) -> Iterator[Put | Delete | Range]:
+        """All its operations, nested ones in place."""
+        for op in self.ops:
+            if isinstance(op, _Taken):
+                yield from op.flat()
+            else:
+                yield op
+
 
 # --- the shape of a request --------------------------------------------------------------------------------------
 
@@ -446,7 +452,8 @@ class _Written:
     deletes: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     def has_deleted(self, key: bytes) -> bool:
-        return any(_is_within(key, start, end) for start, end in self.deletes)
+        # etcd takes the end of a delete "from this key on" for a key here, and so does not see what it deletes
+        return any(key == start if not end else start <= key < end for start, end in self.deletes)
 
     def add(self, keys: set[bytes], harmless: set[bytes] | None = None) -> None:
         """Put these keys as well. Raises StoreRejected if one is written already and is not among the harmless."""

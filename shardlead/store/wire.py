@@ -82,7 +82,7 @@ def parse_range(raw: Json) -> Range:
         fields.bytes("key"),
         fields.bytes("range_end"),
         limit=fields.integer("limit"),
-        revision=max(0, fields.integer("revision")),
+        revision=fields.integer("revision"),
         keys_only=fields.boolean("keys_only"),
         count_only=fields.boolean("count_only"),
     )
@@ -353,8 +353,19 @@ def _encode_op(result: OpResult) -> Json:
             return {"response_txn": encode_txn(result, {})}
 
 
+def encode_lease(lease: int, ttl_s: int, header: Json) -> Json:
+    """LeaseGrantResponse and LeaseKeepAliveResponse."""
+    out: Json = {"header": header}
+    if lease:
+        out["ID"] = str(lease)
+    if ttl_s:
+        out["TTL"] = str(ttl_s)
+    return out
+
+
 def encode_time_to_live(lease: int, found: LeaseKeys | None, header: Json, *, with_keys: bool) -> Json:
-    out: Json = {"header": header, "ID": str(lease)}
+    """LeaseTimeToLiveResponse."""
+    out = encode_lease(lease, 0, header)
     if found is None:
         out["TTL"] = "-1"
         return out
