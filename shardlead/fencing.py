@@ -536,7 +536,8 @@ class EtcdFence:
         """`op`, if it touches nothing but data below the prefix."""
         end = op.key + b"\x00" if isinstance(op, Put) or not op.range_end else op.range_end
         fence = self._prefix + b"fence/"
-        is_inside = op.key.startswith(self._prefix) and end <= prefix_end(self._prefix)
+        is_open = end == b"\x00"  # etcd's way to say "and all keys behind it"
+        is_inside = op.key.startswith(self._prefix) and end <= prefix_end(self._prefix) and not is_open
         if not is_inside or (op.key < prefix_end(fence) and end > fence):
             raise ValueError(f"[{op.key!r}, {end!r}) is not data below {self._prefix!r} and outside of {fence!r}")
         return op
