@@ -8,6 +8,7 @@ the watchdog ends them. A signal goes only to a process that is known to be ours
 """
 
 import asyncio
+import base64
 import contextlib
 import importlib.util
 import os
@@ -471,7 +472,16 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-# --- admin server ------------------------------------------------------------------------------------------------
+# --- store and admin server ------------------------------------------------------------------------------------------------
+
+
+async def read_key(session: aiohttp.ClientSession, store_url: str, key: str) -> bytes | None:
+    """The value of one key, past every layer of ours; None if it is absent. Raises aiohttp.ClientError, TimeoutError."""
+    body = orjson.dumps({"key": base64.b64encode(key.encode()).decode()})
+    async with session.post(f"{store_url}/v3/kv/range", data=body, timeout=aiohttp.ClientTimeout(total=5)) as answer:
+        answer.raise_for_status()
+        found = orjson.loads(await answer.read()).get("kvs") or []
+    return base64.b64decode(found[0].get("value", "")) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,8 +505,6 @@ class ClusterMap:
     """The worker that leads each shard; shards without a leader are missing."""
     epochs: Mapping[int, int]
     workers: Mapping[str, Member]
-    seat: str
-    """Who holds the controller's seat; empty: nobody."""
 
     @property
     def is_led(self) -> bool:
@@ -512,9 +520,10 @@ class ClusterMap:
 
     @property
     def spread(self) -> int:
-        """The difference between the most and the fewest shards that a worker leads."""
-        counts = self.counts().values()
-        return max(counts) - min(counts) if counts else 0
+        """The difference between the most and the fewest shards that a worker leads, over those that are up."""
+        counts = self.counts()
+        of_living = [counts[name] for name, member in self.workers.items() if member.state == "up"]
+        return max(of_living) - min(of_living) if of_living else 0
 
 
 async def read_map(session: aiohttp.ClientSession, admin: str) -> ClusterMap:
@@ -542,7 +551,6 @@ def parse_map(raw: Mapping[str, Any]) -> ClusterMap:
             )
             for item in raw["workers"]
         },
-        seat=str(raw.get("seat") or ""),
     )
 
 

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import aiohttp
+import orjson
 
 from shardlead.errors import ProcessFailed
 from shardlead.processes import (
@@ -38,6 +39,7 @@ from shardlead.processes import (
     free_port,
     is_admin_ready,
     lease_settings,
+    read_key,
     read_map,
     ready_store,
     settings_flags,
@@ -274,7 +276,8 @@ class LocalCluster:
 
     async def controller(self) -> str:
         """The worker or controller that holds the controller's seat; "" if nobody does."""
-        return (await self.map()).seat
+        value = await read_key(self._session, self.store_url, f"/{self.name}/seat")
+        return "" if value is None else str(orjson.loads(value)["worker"])
 
     async def wait_led(self, timeout_s: float) -> ClusterMap:
         """Returns once every shard has a leader. Raises ProcessFailed with what is missing."""
