@@ -472,11 +472,11 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-# --- store and admin server ------------------------------------------------------------------------------------------------
+# --- store and admin server -------------------------------------------------------------------------------------
 
 
 async def read_key(session: aiohttp.ClientSession, store_url: str, key: str) -> bytes | None:
-    """The value of one key, past every layer of ours; None if it is absent. Raises aiohttp.ClientError, TimeoutError."""
+    """The value of one key, past every layer of ours; None: absent. Raises aiohttp.ClientError, TimeoutError."""
     body = orjson.dumps({"key": base64.b64encode(key.encode()).decode()})
     async with session.post(f"{store_url}/v3/kv/range", data=body, timeout=aiohttp.ClientTimeout(total=5)) as answer:
         answer.raise_for_status()
