@@ -13,6 +13,7 @@ from typing import Final, assert_never
 
 from shardlead.clock import Clock
 from shardlead.cluster.session import Session
+from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode, encode
 from shardlead.core.model import (
     PREVIOUS_MAX,
@@ -76,6 +77,13 @@ class Nobody:
 
 
 @dataclass(frozen=True, slots=True)
+class NotYet:
+    """Nobody leads it, and nobody should for `wait_s` more seconds: its last tenures were all short."""
+
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Undecided:
     """The store gave no answer that decides."""
 
@@ -103,7 +111,7 @@ class TargetGone:
     reason: str
 
 
-ClaimAnswer = Claimed | LedBy | Nobody | Undecided | SessionOver
+ClaimAnswer = Claimed | LedBy | Nobody | NotYet | Undecided | SessionOver
 PassAnswer = Done | LedBy | Nobody | Undecided
 HandOffAnswer = PassAnswer | TargetGone
 
@@ -126,6 +134,9 @@ class Election:
         keys, session = self._keys, self._session
         try:
             former = await self._read_histories(shards)
+            answers, shards = self._brake(former)
+            if not shards:
+                return answers
             nested = tuple(self._claim_one(shard, former[shard], reason) for shard in shards)
             outcome = await self._store.commit(
                 Txn(
@@ -140,16 +151,28 @@ class Election:
             return dict.fromkeys(shards, Undecided(str(exc)))
         match outcome:
             case Committed(revision, results):
-                return {
-                    shard: self._claim_answer(shard, former[shard][0], revision, result)
-                    for shard, result in zip(shards, results, strict=True)
-                }
+                for shard, result in zip(shards, results, strict=True):
+                    answers[shard] = self._claim_answer(shard, former[shard][0], revision, result)
+                return answers
             case Conflict(_, results):
                 return dict.fromkeys(shards, SessionOver(self._why_refused(results)))
             case Unknown(why):
                 return dict.fromkeys(shards, Undecided(why))
             case _:
                 assert_never(outcome)
+
+    def _brake(
+        self, former: Mapping[int, tuple[History | None, int]]
+    ) -> tuple[dict[int, ClaimAnswer], tuple[int, ...]]:
+        """Set aside the shards whose leaders keep failing; the others may be claimed now."""
+        now_s = self._clock.wall_s()
+        answers: dict[int, ClaimAnswer] = {}
+        for shard, (history, _) in former.items():
+            if history is not None and history.sid != self._session.sid:
+                wait_s = history.since + duties.brake_s(history.short_tenures) - now_s
+                if wait_s > 0:
+                    answers[shard] = NotYet(min(wait_s, duties.BRAKE_MAX_S))
+        return answers, tuple(shard for shard in former if shard not in answers)
 
     def _claim_one(self, shard: int, former: tuple[History | None, int], reason: str) -> Txn:
         keys, session = self._keys, self._session
@@ -326,7 +349,7 @@ class Election:
                 short_tenures=0,
             )
             leader = LeaderRecord(worker=want.target, sid=want.target_sid)
-            offer = Offer(sid=want.target_sid, by=session.name, reason=want.reason, handoff=True)
+            offer = Offer(sid=want.target_sid, by=session.name, reason=want.reason, handoff=True, clean=is_clean)
             outcome = await self._store.commit(
                 Txn(
                     (

@@ -6,11 +6,14 @@ shard that has a leader after all just loses, harmlessly; so these rules may be 
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from shardlead.core.fleet import Fleet
 from shardlead.core.model import Assignment
 
-RANK_STEP_S = 0.25  # the next in order waits so long for the one before it
+RANK_STEP_S: Final = 0.25  # the next in order waits so long for the one before it
+BRAKE_MAX_S: Final = 60.0
+BRAKE_FREE: Final = 2  # so many short tenures in a row are nothing yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +85,11 @@ def heirs(shard: int, order: Order | None, fleet: Fleet, me: str) -> tuple[str, 
 def orphans(missing: Iterable[int], missing_before: Collection[int]) -> tuple[int, ...]:
     """Shards without a leader at this tick and at the one before: nobody is about to claim them."""
     return tuple(shard for shard in missing if shard in missing_before)
+
+
+def brake_s(short_tenures: int) -> float:
+    """How long a shard stays alone after that many short tenures in a row: one bad shard must not walk through the
+    fleet. Nothing for the first two, then one second, doubling up to a minute."""
+    if short_tenures <= BRAKE_FREE:
+        return 0.0
+    return min(BRAKE_MAX_S, float(2 ** min(short_tenures - BRAKE_FREE - 1, 10)))

@@ -139,6 +139,7 @@ class Offer(Record):
     by: str
     reason: str
     handoff: bool = False
+    clean: bool = True  # with `handoff`: the former leader had closed its object and all its work had ended
 
 
 @dataclass(frozen=True, slots=True)

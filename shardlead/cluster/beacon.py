@@ -1,0 +1,138 @@
+"""The freshness beacon of the cluster, and the search for shards that nobody leads.
+
+Law: protocol.md A.7.7 and A.3 "Orphans". Whoever sees a tick that is too old writes the next one; exactly one worker
+wins, and looks whether every shard has a leader. A tick that was written and does not arrive proves that a watch is
+stale, whatever the connection looks like.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.courier import Courier, Ticked, TickLost
+from shardlead.cluster.election import Undecided
+from shardlead.cluster.mail import FleetView
+from shardlead.core import duties
+from shardlead.core.fleet import Fleet
+from shardlead.errors import StoreError
+from shardlead.store.mirror import Mirror
+
+log = logging.getLogger("shardlead.beacon")
+
+LOAD_TIMEOUT_S: Final = 10.0
+TICK_S: Final = 2.0  # a tick older than this (and up to a fifth more) is renewed by whoever sees it
+TICK_SEEN_S: Final = 1.0  # a tick that was written must come back by the watch within this
+TICK_LOOK_S: Final = 0.02
+RETRY_S: Final = 0.1
+ORPHAN_AUDIT_S: Final = 60.0  # shards without a leader are looked for so often even if their number is right
+CONTROLLER_TICKS: Final = 5  # at a first start the controller has so many ticks to place the shards itself
+
+
+class Beacon:
+    """Ticks and orphans, for one session."""
+
+    def __init__(
+        self,
+        courier: Courier,
+        view: FleetView,
+        mirrors: Collection[Mirror],
+        *,
+        shards: int,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self.is_offering = True
+        self._courier = courier
+        self._view = view
+        self._mirrors = mirrors
+        self._shards = shards
+        self._clock = clock
+        self._rng = rng
+        self._tick_at_ns = clock.now_ns()
+        self._tick_revision = 0
+        self._missing_before: set[int] = set()
+        self._offered: dict[int, int] = {}  # shard -> how many have been offered it
+        self._orphan_audit_at_ns = 0
+
+    def note(self, fleet: Fleet) -> None:
+        """The watch has brought this fleet."""
+        if fleet.tick_revision != self._tick_revision:
+            self._tick_revision = fleet.tick_revision
+            self._tick_at_ns = self._clock.now_ns()
+
+    async def run(self) -> None:
+        """Renew the cluster's tick when it is old; the winner looks for orphans."""
+        await self._view.mirror.wait_loaded(LOAD_TIMEOUT_S)
+        while True:
+            age_s = (self._clock.now_ns() - self._tick_at_ns) / NS_PER_S
+            due_s = TICK_S * self._rng.uniform(1.0, 1.2)
+            if age_s < due_s:
+                await asyncio.sleep(due_s - age_s)
+                continue
+            seen_revision, n = self._tick_revision, self._view.fleet.tick
+            match await self._courier.tick(seen_revision, n + 1):
+                case Ticked(revision):
+                    if await self._sees_tick(seen_revision) and self.is_offering:
+                        await self._look_for_orphans(revision)
+                case TickLost():
+                    await self._sees_tick(seen_revision)
+                case Undecided(reason):
+                    log.warning("tick not written", extra={"reason": reason})
+                    await asyncio.sleep(RETRY_S)
+
+    async def _sees_tick(self, seen_revision: int) -> bool:
+        """Whether the watch brings a tick newer than `seen_revision`; if not, the watch is stale and is dropped."""
+        until_ns = self._clock.now_ns() + int(TICK_SEEN_S * NS_PER_S)
+        while self._tick_revision == seen_revision:
+            if self._clock.now_ns() >= until_ns:
+                reason = "a tick was written and did not arrive"
+                for mirror in self._mirrors:
+                    mirror.distrust(reason)
+                self._tick_at_ns = self._clock.now_ns()
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def _look_for_orphans(self, tick_revision: int) -> None:
+        """Shards that nobody leads, at this tick and at the one before, are offered in rendezvous order."""
+        now_ns = self._clock.now_ns()
+        try:
+            if await self._courier.leaders_count() >= self._shards and now_ns < self._orphan_audit_at_ns:
+                self._missing_before.clear()
+                self._offered.clear()
+                return
+            self._orphan_audit_at_ns = now_ns + int(ORPHAN_AUDIT_S * NS_PER_S)
+            missing = set(range(self._shards)) - await self._courier.led_shards(tick_revision)
+            alone = duties.orphans(sorted(missing), self._missing_before)
+            self._missing_before = missing
+            for shard in set(self._offered) - missing:
+                del self._offered[shard]
+            if alone and await self._is_for_controller():
+                return
+            await self._offer(alone, tick_revision)
+        except StoreError as exc:
+            log.warning("orphans not looked for", extra={"reason": str(exc)})
+
+    async def _is_for_controller(self) -> bool:
+        """At a first start with a controller in its seat, it places the shards; it has a few ticks for that."""
+        if not self._view.fleet.seat_worker or self._view.fleet.tick > CONTROLLER_TICKS:
+            return False
+        return await self._courier.known_histories() == 0
+
+    async def _offer(self, shards: Iterable[int], tick_revision: int) -> None:
+        fleet = self._view.fleet
+        offered = 0
+        for shard in shards:
+            ranked = fleet.ranked(shard)
+            if not ranked:
+                return
+            turn = self._offered.get(shard, 0)
+            name = ranked[turn % len(ranked)]
+            if await self._courier.offer(shard, name, fleet.members[name], tick_revision, "orphan"):
+                self._offered[shard] = turn + 1
+                offered += 1
+        if offered:
+            log.info("offered shards that nobody leads", extra={"shards": offered})

@@ -1,0 +1,539 @@
+"""The shards of one worker: their states, their objects, and the carrying out of what `core.ownership` commands.
+
+Law: core/ownership.py decides, this module acts: every command becomes a task or a synchronous act, and its end
+becomes the next event. A task that finds its tenure replaced says nothing. The host outlives sessions; what speaks
+to the store for it (`Envoy`) is there for one session only.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Final, Protocol, assert_never
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.config import WorkerSettings
+from shardlead.core import ownership
+from shardlead.core.contract import Refused
+from shardlead.core.ownership import HandOver, Remint, Resign
+from shardlead.errors import Fenced, LeadershipError, LeadershipLost
+from shardlead.metrics import WorkerMetrics
+from shardlead.worker.leadership import Guard, Leadership
+from shardlead.worker.tenure import Hosted, Tenure
+
+log = logging.getLogger("shardlead.host")
+
+BACKOFF_MAX_S: Final = 60.0
+GOOD_TENURE_S: Final = 60.0  # a shard served for so long has forgotten its failures
+SEND_PAUSE_S: Final = 0.05  # first pause before an undecided transaction is sent again; doubles
+SEND_PAUSE_MAX_S: Final = 1.0
+HEALTH_INTERVAL_S: Final = 1.0
+HEALTH_STRIKES: Final = 3
+EXIT_STUCK: Final = 70  # sysexits' EX_SOFTWARE: work of an unfenced class outlived its leadership
+OPENS_MAX: Final = 64  # objects that open at once
+
+
+# --- answers to a request ---
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Serve it."""
+
+    tenure: Tenure
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Refuse it, before its handler. `epoch` is what this worker knows, 0 if nothing; `leader` as in the header."""
+
+    reason: Refused
+    epoch: int = 0
+    leader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Let it wait for this shard's next change, and ask again."""
+
+
+Admission = Admitted | Turned | Parked
+
+
+# --- what the host asks of the session's speaker ---
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """The transaction was applied. `new_epoch` for a re-mint; `leader` for a handoff, as in the header."""
+
+    new_epoch: int = 0
+    leader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NotPassed:
+    """A handoff whose target is gone: the shard is still ours."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotOurs:
+    """The leadership is another's, or nobody's."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskAgain:
+    """Undecided."""
+
+    reason: str
+
+
+Passage = PassedOn | NotPassed | NotOurs | AskAgain
+
+
+class Envoy(Protocol):
+    """Speaks to the store for one session."""
+
+    @property
+    def guard(self) -> Guard: ...
+
+    def queue_claim(self, shard: int) -> None:
+        """Claim it with the next batch; answers with Won or ClaimLost."""
+        ...
+
+    def former_wait_s(self, shard: int) -> float:
+        """TTL + delta of the former leader's lease."""
+        ...
+
+    def doubt(self, shard: int, epoch: int) -> None:
+        """Somebody spoke of a larger epoch than ours: look whether the shard is still ours."""
+        ...
+
+    async def pass_on(self, shard: int, epoch: int, goal: HandOver | Resign | Remint, *, is_clean: bool) -> Passage: ...
+
+
+class _Entry:
+    """One shard's mutable place in the host."""
+
+    __slots__ = ("backoff_until_ns", "changed", "failures", "is_clean", "leader", "serving_since_ns", "state", "tenure")
+
+    def __init__(self) -> None:
+        self.state: ownership.State = ownership.Idle()
+        self.tenure: Tenure | None = None
+        self.changed = asyncio.Event()
+        self.backoff_until_ns = 0
+        self.failures = 0
+        self.leader = ""  # whom it was handed to
+        self.serving_since_ns = 0
+        self.is_clean = True  # everything of the last tenure had ended when it was closed
+
+
+class Host:
+    """All shards of one worker. Use inside `async with`, which ends every task on leaving."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        worker: str,
+        make: Callable[[Leadership], Hosted],
+        shard_of: Callable[[bytes], int],
+        *,
+        fenced: bool,
+        clock: Clock,
+        rng: random.Random,
+        metrics: WorkerMetrics,
+        executor: Executor | None = None,
+        exit_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.shard_of = shard_of
+        self.fenced = fenced
+        self.is_stopping = False
+        self.envoy: Envoy | None = None
+        self.on_idle: Callable[[], None] = lambda: None
+        self._settings = settings
+        self._worker = worker
+        self._make = make
+        self._clock = clock
+        self._rng = rng
+        self._metrics = metrics
+        self._executor = executor
+        self._exit_process = exit_process
+        self._entries: dict[int, _Entry] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._opens = asyncio.Semaphore(OPENS_MAX)
+        self._health: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Host":
+        self._health = asyncio.create_task(self._watch_health(), name="health")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._health is not None:
+            self._tasks.add(self._health)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- for the request path ---
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether no session of this worker is certain of its lease right now."""
+        return self.envoy is None or not self.envoy.guard.is_valid(0.0)
+
+    def admission(self, shard: int, epoch: int) -> Admission:
+        """What to do with a request for `shard` that was sent under `epoch`. Decides on what is known this instant."""
+        entry = self._entries.get(shard)
+        state = entry.state if entry is not None else ownership.Idle()
+        leader = entry.leader if entry is not None else ""
+        match state:
+            case ownership.Serving(own) | ownership.Opening(own) | ownership.Waiting(own) | ownership.Paused(own):
+                if epoch < own:
+                    return Turned(Refused.STALE, own)
+                if epoch > own:
+                    if self.envoy is not None:
+                        self.envoy.doubt(shard, own)
+                    return Parked()
+                if self.is_suspended or isinstance(state, ownership.Paused):
+                    return Turned(Refused.SUSPENDED, own)
+                if isinstance(state, ownership.Serving):
+                    assert entry is not None, "a state has its entry"
+                    assert entry.tenure is not None, "serving has a tenure"
+                    if not entry.tenure.lead.is_valid(self._settings.handle_need_s):
+                        return Turned(Refused.SUSPENDED, own)
+                    return Admitted(entry.tenure)
+                return Parked()
+            case ownership.Draining(own) | ownership.Stopping(own) | ownership.Closing(own) | ownership.Passing(own):
+                return Parked() if epoch > own else Turned(Refused.DRAINING, own)
+            case ownership.Idle(dead_epoch) | ownership.Claiming(dead_epoch):
+                if epoch > dead_epoch and not self.is_stopping:
+                    return Parked()  # it may be ours before we have heard of it
+                reason = Refused.STALE if dead_epoch else Refused.UNKNOWN
+                return Turned(reason, dead_epoch, leader)
+            case _:
+                assert_never(state)
+
+    async def changed(self, shard: int) -> None:
+        """Return at that shard's next change of state. The caller bounds it."""
+        await self._entry(shard).changed.wait()  # no time-out: see the docstring
+
+    def leader_hint(self, shard: int) -> str:
+        """Whom the shard was handed to, as in the header; "" if unknown."""
+        entry = self._entries.get(shard)
+        return entry.leader if entry is not None else ""
+
+    # --- for the steward ---
+
+    def state(self, shard: int) -> ownership.State:
+        """The shard's state; Idle for one that was never heard of."""
+        entry = self._entries.get(shard)
+        return entry.state if entry is not None else ownership.Idle()
+
+    def states(self) -> Iterator[tuple[int, ownership.State]]:
+        """Every shard that has ever been anything here."""
+        return ((shard, entry.state) for shard, entry in tuple(self._entries.items()))
+
+    def led(self) -> dict[int, int]:
+        """shard -> epoch of what this worker holds, by its own account."""
+        return {shard: epoch for shard, state in self.states() if (epoch := ownership.epoch_led(state))}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is led, nothing runs and nothing is under way."""
+        return all(isinstance(entry.state, ownership.Idle) for entry in self._entries.values())
+
+    def running_count(self) -> int:
+        """Requests being handled now."""
+        return sum(entry.tenure.running_count for entry in self._entries.values() if entry.tenure is not None)
+
+    def backoff_until_ns(self, shard: int) -> int:
+        """Until when this worker does not claim or want that shard; 0 or past: it may."""
+        entry = self._entries.get(shard)
+        return entry.backoff_until_ns if entry is not None else 0
+
+    def suspend(self) -> None:
+        """The session's deadline passed."""
+        for shard, entry in tuple(self._entries.items()):
+            is_busy = entry.tenure is not None and entry.tenure.is_busy
+            self.feed(shard, ownership.Suspended(is_busy))
+
+    def resume(self) -> None:
+        """The session is active again, and T3 found our epochs on what is still ours."""
+        for shard, entry in tuple(self._entries.items()):
+            if isinstance(entry.state, ownership.Paused):
+                self.feed(shard, ownership.Confirmed())
+
+    def lose_all(self, reason: str) -> None:
+        """The session is lost, and with it every leadership."""
+        for shard in tuple(self._entries):
+            self.feed(shard, ownership.Gone(reason))
+
+    def feed(self, shard: int, event: ownership.Event) -> None:
+        """One event for one shard: the next state is entered and its commands are begun."""
+        entry = self._entry(shard)
+        before = entry.state
+        entry.state, commands = ownership.step(before, event)
+        if entry.state != before:
+            self._entered(shard, entry, before, event)
+        for command in commands:
+            self._carry_out(shard, entry, command)
+
+    # --- acting ---
+
+    def _entry(self, shard: int) -> _Entry:
+        entry = self._entries.get(shard)
+        if entry is None:
+            entry = self._entries[shard] = _Entry()
+        return entry
+
+    def _entered(self, shard: int, entry: _Entry, before: ownership.State, event: ownership.Event) -> None:
+        log.debug("shard %s", type(entry.state).__name__.lower(), extra={"shard": shard, "event": repr(event)})
+        match entry.state:
+            case ownership.Serving(epoch):
+                entry.serving_since_ns = self._clock.now_ns()
+                entry.leader = ""
+                log.info("serving", extra={"shard": shard, "epoch": epoch})
+            case ownership.Idle():
+                if not isinstance(before, ownership.Claiming | ownership.Idle):
+                    log.info("no longer led", extra={"shard": shard, "reason": _reason(before, event)})
+                entry.tenure = None
+            case _:
+                pass
+        changed, entry.changed = entry.changed, asyncio.Event()
+        changed.set()
+        self._metrics.leaderships.set(len(self.led()))
+        if isinstance(entry.state, ownership.Idle):
+            self.on_idle()
+
+    def _carry_out(self, shard: int, entry: _Entry, command: ownership.Command) -> None:
+        match command:
+            case ownership.Claim():
+                if self.envoy is not None:
+                    self.envoy.queue_claim(shard)
+            case ownership.Wait():
+                self._begin(self._wait_out(shard, entry, entry.state), f"wait {shard}")
+            case ownership.Open(epoch):
+                self._open(shard, entry, epoch)
+            case ownership.Serve():
+                self._serve(shard, entry)
+            case ownership.Drain():
+                assert entry.tenure is not None, "draining has a tenure"
+                entry.tenure.lead.draining.begin()
+                entry.tenure.close_tunnels()
+                self._begin(self._drain(shard, entry, entry.tenure), f"drain {shard}")
+            case ownership.Cancel():
+                assert entry.tenure is not None, "stopping has a tenure"
+                entry.tenure.lead.revoke(_goal_reason(entry.state))
+                entry.tenure.cancel()
+                self._begin(self._stop(shard, entry, entry.tenure), f"stop {shard}")
+            case ownership.Close():
+                assert entry.tenure is not None, "closing has a tenure"
+                self._begin(self._close(shard, entry, entry.tenure), f"close {shard}")
+            case ownership.Send(epoch, goal):
+                self._begin(self._send(shard, entry, epoch, goal), f"send {shard}")
+            case _:
+                assert_never(command)
+
+    def _begin(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("defect in shardlead: a shard's task failed", exc_info=error, extra={"task": task.get_name()})
+
+    async def _wait_out(self, shard: int, entry: _Entry, state: ownership.State) -> None:
+        if self.envoy is None:
+            return
+        wait_s = self.envoy.former_wait_s(shard)
+        log.info("waiting: the former tenure did not end cleanly", extra={"shard": shard, "wait_s": round(wait_s, 2)})
+        await asyncio.sleep(wait_s)
+        if entry.state == state:
+            self.feed(shard, ownership.WaitOver(is_active=not self.is_suspended))
+
+    def _open(self, shard: int, entry: _Entry, epoch: int) -> None:
+        assert self.envoy is not None, "a leadership begins within a session"
+        entry.is_clean = True
+        lead = Leadership(shard, epoch, self._worker, self.envoy.guard, self._executor)
+        tenure = entry.tenure = Tenure(lead)
+        tenure.opening = self._begin(self._open_object(shard, entry, tenure), f"open {shard}")
+
+    async def _open_object(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
+        event: ownership.Event
+        try:
+            async with self._opens, asyncio.timeout(self._settings.open_timeout_s):
+                tenure.application = self._make(tenure.lead)
+                await tenure.application.open()
+            event = ownership.Opened()
+        except TimeoutError:
+            event = ownership.Failed(f"open() took longer than {self._settings.open_timeout_s} s")
+        except (Fenced, LeadershipLost) as exc:
+            event = ownership.FencedOff(str(exc))
+        except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
+            log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")
+        if isinstance(event, ownership.Failed):
+            self._metrics.application_failures.labels("open").inc()
+        if entry.tenure is tenure and isinstance(entry.state, ownership.Opening):
+            self.feed(shard, event)
+
+    def _serve(self, shard: int, entry: _Entry) -> None:
+        tenure = entry.tenure
+        assert tenure is not None, "serving has a tenure"
+        assert tenure.application is not None, "serving has an opened object"
+        if tenure.application.has_run and tenure.run_task is None:
+            tenure.run_task = self._begin(self._run_object(shard, entry, tenure), f"run {shard}")
+
+    async def _run_object(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
+        assert tenure.application is not None, "run() comes after open()"
+        event: ownership.Event | None = None
+        try:
+            await tenure.application.run()
+        except (Fenced, LeadershipLost) as exc:
+            event = ownership.FencedOff(str(exc))
+        except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
+            log.exception("run() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._metrics.application_failures.labels("run").inc()
+            event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
+        if event is not None and entry.tenure is tenure and isinstance(entry.state, ownership.Serving):
+            self.feed(shard, event)
+
+    async def _drain(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await tenure.wait_idle()
+        if entry.tenure is not tenure or not isinstance(entry.state, ownership.Draining):
+            return
+        if tenure.running_count:
+            log.warning("drain time is over, cancelling", extra={"shard": shard, "running": tenure.running_count})
+            tenure.lead.revoke("the drain time is over")
+            tenure.cancel()
+        elif tenure.run_task is not None:
+            tenure.run_task.cancel()
+        entry.is_clean = await self._wait_ended(shard, tenure)
+        if entry.tenure is tenure and isinstance(entry.state, ownership.Draining):
+            self.feed(shard, ownership.WorkEnded())
+
+    async def _stop(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
+        entry.is_clean = await self._wait_ended(shard, tenure)
+        if entry.tenure is tenure and isinstance(entry.state, ownership.Stopping):
+            self.feed(shard, ownership.WorkEnded())
+
+    async def _wait_ended(self, shard: int, tenure: Tenure) -> bool:
+        """Wait for cancelled work. What does not end within the grace is left behind if the class is fenced (storage
+        refuses it); else the process ends, because nothing else would stop it (protocol.md A.4)."""
+        if await tenure.wait_ended(self._settings.cancel_grace_s):
+            return True
+        if not self.fenced:
+            log.critical("work of an unfenced class outlived its leadership: exiting", extra={"shard": shard})
+            self._exit_process(EXIT_STUCK)
+        log.error("work goes on after it was cancelled; storage will refuse it", extra={"shard": shard})
+        return False
+
+    async def _close(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
+        application = tenure.application
+        if application is not None:
+            try:
+                async with asyncio.timeout(self._settings.close_timeout_s):
+                    await application.close()
+            except TimeoutError:
+                entry.is_clean = False
+                log.warning("close() took too long", extra={"shard": shard, "epoch": tenure.lead.epoch})
+                self._metrics.application_failures.labels("close").inc()
+            except LeadershipError as exc:
+                log.info("close() found its leadership over", extra={"shard": shard, "reason": str(exc)})
+            except Exception:  # the application's own code may raise anything
+                log.exception("close() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+                self._metrics.application_failures.labels("close").inc()
+        tenure.lead.revoke("closed")
+        if entry.tenure is tenure and isinstance(entry.state, ownership.Closing):
+            self.feed(shard, ownership.Closed())
+
+    async def _send(self, shard: int, entry: _Entry, epoch: int, goal: HandOver | Resign | Remint) -> None:
+        """Repeat the goal's transaction until it is decided, or another goal has taken its place."""
+        pause_s = SEND_PAUSE_S
+        while entry.state == ownership.Passing(epoch, goal):
+            if self.envoy is None:
+                self.feed(shard, ownership.Gone("the session is over"))
+                return
+            passage = await self.envoy.pass_on(shard, epoch, goal, is_clean=entry.is_clean)
+            if entry.state != ownership.Passing(epoch, goal):
+                return
+            match passage:
+                case PassedOn(new_epoch, leader):
+                    self._note_end(entry, goal)
+                    entry.leader = leader
+                    self.feed(shard, ownership.Passed(new_epoch, is_active=not self.is_suspended))
+                case NotPassed(reason):
+                    log.info("handoff refused", extra={"shard": shard, "reason": reason})
+                    self.feed(shard, ownership.Refused(reason, may_keep=not self.is_stopping))
+                case NotOurs(reason):
+                    self.feed(shard, ownership.Gone(reason))
+                case AskAgain(reason):
+                    log.warning("outcome unknown, asking again", extra={"shard": shard, "reason": reason})
+                    await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+                    pause_s = min(pause_s * 2, SEND_PAUSE_MAX_S)
+
+    def _note_end(self, entry: _Entry, goal: HandOver | Resign | Remint) -> None:
+        now_ns = self._clock.now_ns()
+        if entry.serving_since_ns and now_ns - entry.serving_since_ns > GOOD_TENURE_S * NS_PER_S:
+            entry.failures = 0
+        entry.serving_since_ns = 0
+        if isinstance(goal, Resign) and goal.is_failure:
+            entry.failures += 1
+            pause_s = min(BACKOFF_MAX_S, self._settings.backoff_s * 2 ** (entry.failures - 1))
+            entry.backoff_until_ns = now_ns + int(pause_s * NS_PER_S)
+
+    async def _watch_health(self) -> None:
+        """healthy() of every serving object, once a second; three times no gives the shard up."""
+        strikes: dict[int, int] = {}
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            for shard, entry in tuple(self._entries.items()):
+                application = entry.tenure.application if entry.tenure is not None else None
+                if application is None or not application.has_healthy or not isinstance(entry.state, ownership.Serving):
+                    strikes.pop(shard, None)
+                    continue
+                try:
+                    is_healthy = bool(application.healthy())
+                except Exception:  # the application's own code may raise anything; raising is not healthy
+                    log.exception("healthy() failed", extra={"shard": shard})
+                    is_healthy = False
+                strikes[shard] = 0 if is_healthy else strikes.get(shard, 0) + 1
+                if strikes[shard] >= HEALTH_STRIKES:
+                    strikes.pop(shard)
+                    self._metrics.application_failures.labels("healthy").inc()
+                    self.feed(shard, ownership.Failed(f"healthy() said no {HEALTH_STRIKES} times"))
+
+
+def _goal_reason(state: ownership.State) -> str:
+    match state:
+        case ownership.Stopping(_, goal) | ownership.Closing(_, goal) | ownership.Draining(_, goal):
+            return "handed over" if isinstance(goal, HandOver) else goal.reason
+        case _:
+            return "over"
+
+
+def _reason(before: ownership.State, event: ownership.Event) -> str:
+    match event:
+        case ownership.Gone(reason):
+            return reason
+        case _:
+            match before:
+                case ownership.Passing(_, HandOver(want)):
+                    return f"handed to {want.target}"
+                case ownership.Passing(_, Resign(reason) | Remint(reason)):
+                    return reason
+                case _:
+                    return _goal_reason(before)

@@ -1,0 +1,104 @@
+"""What an application holds in its hand while it leads a shard: shard, epoch, and the guard.
+
+Law: protocol.md A.4. The guard is one clock read and one comparison, at the point of use. It says that nobody else
+leads this shard *now*, by elapsed time on this machine; it cannot speak for a machine that was held still as a whole.
+Only a fence at the resource can (`shardlead.fencing`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import ParamSpec, Protocol, TypeVar
+
+from shardlead.errors import LeadershipLost
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NEED_S = 0.05
+
+
+class Guard(Protocol):
+    """What a leadership asks of its session."""
+
+    def is_valid(self, need_s: float) -> bool: ...
+
+
+class Draining:
+    """Whether the shard is being passed on: no new requests come, running ones should come to an end."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        """Return once draining has begun."""
+        await self._event.wait()  # no time-out: the caller is work of this leadership and is cancelled with it
+
+    def begin(self) -> None:
+        """For the runtime alone."""
+        self._event.set()
+
+
+class Leadership:
+    """One shard, led by this process under one epoch.
+
+    Made by the runtime and given to the application's class. Valid from before `open()` until the shard is passed
+    on, the lease is lost, or its deadline passes; never valid again afterwards.
+    """
+
+    __slots__ = ("_executor", "_guard", "_lost", "_threads", "draining", "epoch", "shard", "worker")
+
+    def __init__(self, shard: int, epoch: int, worker: str, guard: Guard, executor: Executor | None = None) -> None:
+        self.shard = shard
+        self.epoch = epoch
+        self.worker = worker
+        self.draining = Draining()
+        self._guard = guard
+        self._executor = executor
+        self._lost = ""
+        self._threads: set[asyncio.Future[object]] = set()
+
+    def __repr__(self) -> str:
+        state = f"lost: {self._lost}" if self._lost else "valid" if self.is_valid(0) else "not valid now"
+        return f"<Leadership shard={self.shard} epoch={self.epoch} of {self.worker}, {state}>"
+
+    def is_valid(self, need_s: float = NEED_S) -> bool:
+        """Whether an act that takes effect within `need_s` seconds may begin now. Ask again after every await."""
+        return not self._lost and self._guard.is_valid(need_s)
+
+    def check(self, need_s: float = NEED_S) -> None:
+        """Raises LeadershipLost unless `is_valid(need_s)`."""
+        if not self.is_valid(need_s):
+            raise LeadershipLost(self.shard, self.epoch, self._lost or "the lease could end at any moment")
+
+    async def run_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a blocking function in a thread. The leadership counts it as work: it is not passed on before the
+        function has returned. A thread cannot be cancelled: check the leadership inside it before each effect."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        threads: set[asyncio.Future[R]] = self._threads  # type: ignore[assignment]  # only waited for, never read
+        threads.add(future)
+        future.add_done_callback(threads.discard)
+        return await asyncio.shield(future)
+
+    # --- for the runtime alone ---
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the runtime has taken the leadership away."""
+        return bool(self._lost)
+
+    @property
+    def threads(self) -> frozenset[asyncio.Future[object]]:
+        """Blocking functions that still run."""
+        return frozenset(self._threads)
+
+    def revoke(self, reason: str) -> None:
+        """Take the leadership away, at once and for good."""
+        self._lost = self._lost or reason
+        self.draining.begin()

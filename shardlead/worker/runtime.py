@@ -1,0 +1,366 @@
+"""A worker: it joins the cluster, leads shards, serves their requests, and leaves without a failed request.
+
+    start: shape ─▸ application ─▸ listen ─▸ session ─▸ steward ⟲ (a lost session is followed by a new one)
+    stop:  controller's seat ─▸ record `draining` ─▸ handoffs ─▸ linger for routers ─▸ revoke ─▸ done
+
+Law: design.md, Worker; protocol.md A.3 (T8) and A.5. One session at a time. After a loss the work of the lost
+leaderships ends before the lease is given back, and before a new session begins.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.bootstrap import Shape, ensure_shape
+from shardlead.cluster.session import Session, open_session
+from shardlead.config import Settings
+from shardlead.core.contract import Refused
+from shardlead.core.keyspace import Keyspace
+from shardlead.core.model import WorkerRecord
+from shardlead.core.ring import slot_of
+from shardlead.errors import ClusterError, KeyspaceError, NotLeading, StoreError
+from shardlead.metrics import WorkerMetrics
+from shardlead.store.base import KeyValue, Store
+from shardlead.worker.application import Application, Factory
+from shardlead.worker.host import Admitted, Host, Parked, Turned
+from shardlead.worker.http import Front
+from shardlead.worker.steward import Steward
+
+log = logging.getLogger("shardlead.worker")
+
+REJOIN_S: Final = 0.2  # first pause before a session is opened again after a failure; doubles
+REJOIN_MAX_S: Final = 2.0
+LOOK_S: Final = 0.05
+
+
+class Will(Protocol):
+    """Who revokes our lease when this process is dead (`worker.will.LastWill`)."""
+
+    def declare(self, lease: int, settings: Any, *, fenced: bool) -> None: ...
+
+    def withdraw(self) -> None: ...
+
+
+Companion = Callable[[Session], Awaitable[None]]
+"""Work beside a session, for as long as it lasts: the controller's candidate. Cancelled when the session ends or the
+worker stops; it resigns its seat then."""
+
+
+def default_name() -> str:
+    """<hostname>-<pid>: unique among the living."""
+    host = "".join(char if char.isalnum() or char in "-._" else "-" for char in socket.gethostname()).strip("-._")
+    return f"{host or 'worker'}-{os.getpid()}"
+
+
+class Worker:
+    """One worker in this process. `async with Worker(store, application, settings) as worker: await worker.run()`.
+
+    Entering joins the cluster far enough that a wrong setting, a taken port or a taken name is raised
+    (ConfigError, ClusterError, CommandError, StoreError); `run` leads and serves until `stop`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        application: Application,
+        settings: Settings,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        metrics: WorkerMetrics,
+        explicit: Collection[str] = (),
+        version: str = "",
+        will: Will | None = None,
+        companion: Companion | None = None,
+        exit_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.name = settings.worker.name or default_name()
+        self.address = ""
+        self.admin = ""
+        self._store = store
+        self._application = application
+        self._settings = settings
+        self._keyspace = Keyspace(settings.cluster.name)
+        self._clock = clock
+        self._rng = rng
+        self._metrics = metrics
+        self._explicit = explicit
+        self._version = version
+        self._will = will
+        self._companion = companion
+        self._exit_process = exit_process
+        self._stack = contextlib.AsyncExitStack()
+        self._shape: Shape | None = None
+        self._host: Host | None = None
+        self._front: Front | None = None
+        self._factory: Factory | None = None
+        self._session: Session | None = None
+        self._stopping = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.name} at {self.address or 'no address yet'} {self._session!r}>"
+
+    # --- for whoever runs it ---
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may lead and serve now: its session is active and it is not stopping."""
+        return self._session is not None and self._session.is_active and not self._stopping.is_set()
+
+    @property
+    def session(self) -> Session | None:
+        return self._session
+
+    @property
+    def led(self) -> dict[int, int]:
+        """shard -> epoch, by this worker's own account."""
+        return self._host.led() if self._host is not None else {}
+
+    def stop(self) -> None:
+        """Begin to leave: hand over, let running requests end, revoke. `run` returns when it is done."""
+        self._stopping.set()
+
+    async def __aenter__(self) -> "Worker":
+        try:
+            await self._enter()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._stack.aclose()
+
+    async def run(self) -> bool:
+        """Lead and serve until `stop`, then leave. Whether everything was handed over or given up in time; if not,
+        the lease stands and ends by itself, or by the parent's hand."""
+        pause_s = REJOIN_S
+        while not self._stopping.is_set():
+            try:
+                session = await self._open_session()
+            except (StoreError, KeyspaceError) as exc:
+                log.warning("no session yet", extra={"worker": self.name, "reason": str(exc)})
+                await self._sleep_unless_stopping(pause_s * self._rng.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, REJOIN_MAX_S)
+                continue
+            pause_s = REJOIN_S
+            if not await self._live(session):
+                return False
+        return True
+
+    @contextlib.asynccontextmanager
+    async def admit(self, key: bytes | str, epoch: int) -> AsyncIterator[Any]:
+        """For protocols of one's own: the application's object for `key`, as work of its leadership.
+
+        The work is waited for by a drain and cancelled by a loss; check the leadership before each effect. Waits for
+        a shard that opens. Raises NotLeading, with the leader if known.
+        """
+        host = self._host
+        if host is None:
+            raise NotLeading(-1, epoch, reason="the worker has not started")
+        shard = host.shard_of(key.encode() if isinstance(key, str) else key)
+        verdict = host.admission(shard, epoch)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.worker.park_timeout_s):
+                while isinstance(verdict, Parked):
+                    await host.changed(shard)
+                    verdict = host.admission(shard, epoch)
+        match verdict:
+            case Admitted(tenure):
+                task = asyncio.current_task()
+                assert task is not None, "admit is entered within a task"
+                tenure.enter(task)
+                try:
+                    yield tenure.application.subject if tenure.application is not None else None
+                finally:
+                    tenure.leave(task)
+            case Turned(reason, own_epoch, leader):
+                raise NotLeading(shard, own_epoch, reason=reason, leader=leader)
+            case Parked():
+                raise NotLeading(shard, 0, reason=Refused.UNKNOWN, leader=host.leader_hint(shard))
+
+    # --- joining ---
+
+    async def _enter(self) -> None:
+        settings = self._settings
+        self._shape = await ensure_shape(self._store, self._keyspace, settings.cluster, self._explicit)
+        self._factory = await self._stack.enter_async_context(self._application.factory())
+        self._host = await self._stack.enter_async_context(
+            Host(
+                settings.worker,
+                self.name,
+                self._factory,
+                self._shard_of,
+                fenced=self._factory.fenced,
+                clock=self._clock,
+                rng=self._rng,
+                metrics=self._metrics,
+                exit_process=self._exit_process,
+            )
+        )
+        self._front = Front(
+            settings.worker, self._host, self._factory.description, clock=self._clock, metrics=self._metrics
+        )
+        self._stack.push_async_callback(self._front.close)
+        self.address = await self._front.start()
+        self._metrics.lease_remaining.set_function(self._remaining_s)
+
+    def _shard_of(self, key: bytes) -> int:
+        shape = self._shape
+        assert shape is not None, "requests come after the start"
+        return shape.table[slot_of(key, shape.meta.slot_count, shape.meta.hash_tags)]
+
+    def _remaining_s(self) -> float:
+        return self._session.remaining_s() if self._session is not None else -1.0
+
+    async def _open_session(self) -> Session:
+        shape = await ensure_shape(self._store, self._keyspace, self._settings.cluster, self._explicit)
+        if self._shape is not None and shape.meta.ring_crc != self._shape.meta.ring_crc:
+            raise ClusterError("the cluster's ring is another one than at the start: restart this worker")
+        self._shape = shape
+        worker, factory = self._settings.worker, self._factory
+        assert factory is not None, "sessions come after the start"
+        record = WorkerRecord(
+            sid="",
+            address=self.address,
+            pid=os.getpid(),
+            zone=worker.zone,
+            capacity=worker.capacity,
+            version=self._version,
+            drain_timeout_s=worker.drain_timeout_s,
+            idempotent=factory.idempotent,
+            fenced=factory.fenced,
+            admin=self.admin,
+        )
+        session = await open_session(
+            self._store,
+            self._keyspace,
+            self._settings.lease,
+            clock=self._clock,
+            rng=self._rng,
+            name=self.name,
+            record=record,
+            meta_revision=shape.meta_revision,
+            on_wait=self._name_is_taken,
+        )
+        if self._will is not None:
+            self._will.declare(session.lease, self._settings.store, fenced=factory.fenced)
+        self._metrics.sessions.inc()
+        log.info("session opened", extra={"worker": self.name, "sid": session.sid, "ttl_s": session.ttl_s})
+        return session
+
+    def _name_is_taken(self, _kv: KeyValue) -> None:
+        log.warning("worker name is taken by a living session, waiting for it to end", extra={"worker": self.name})
+
+    # --- living ---
+
+    async def _live(self, session: Session) -> bool:
+        """One session, from its opening to its end; False if the worker left with something not drained."""
+        assert self._shape is not None, "sessions come after the start"
+        assert self._host is not None, "sessions come after the start"
+        host = self._host
+        steward = Steward(
+            self._store,
+            self._keyspace,
+            session,
+            host,
+            self._settings.worker,
+            generation=self._shape.meta.generation,
+            shards=self._shape.meta.shards,
+            clock=self._clock,
+            rng=self._rng,
+            metrics=self._metrics,
+        )
+        self._session = session
+        host.envoy = steward
+        self._metrics.set_session_state("active")
+        work = asyncio.create_task(steward.run(), name=f"steward {session.sid}")
+        companion = asyncio.create_task(self._accompany(session), name=f"companion {session.sid}")
+        stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+        try:
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await _ended(companion)
+            if work.done():
+                await self._after_loss(session, work)
+                return True
+            return await self._leave(session, steward, work)
+        finally:
+            for task in (companion, stopping, work):
+                await _ended(task)
+            host.envoy = None
+
+    async def _accompany(self, session: Session) -> None:
+        if self._companion is not None:
+            await self._companion(session)
+
+    async def _after_loss(self, session: Session, work: asyncio.Task[None]) -> None:
+        """Our handlers end, then we give the lease back ourselves, so that nobody waits for its TTL."""
+        assert self._host is not None, "sessions come after the start"
+        if (error := work.exception()) is not None:
+            log.error("defect in shardlead: the session's work failed", exc_info=error, extra={"worker": self.name})
+            session.lose(f"its work failed: {error}")
+        self._metrics.sessions_lost.labels("lost").inc()
+        self._host.lose_all("the session is lost")
+        is_idle = await self._wait_idle(self._settings.worker.cancel_grace_s + self._settings.worker.close_timeout_s)
+        if is_idle or self._host.fenced:
+            await session.close()
+        if self._will is not None:
+            self._will.withdraw()
+
+    # --- leaving ---
+
+    async def _leave(self, session: Session, steward: Steward, work: asyncio.Task[None]) -> bool:
+        """T8. The lease is revoked only when nothing of it is in use any more."""
+        assert self._host is not None, "leaving comes after the start"
+        assert self._front is not None, "leaving comes after the start"
+        worker = self._settings.worker
+        log.info("leaving", extra={"worker": self.name, "shards": len(self._host.led())})
+        self._host.is_stopping = True
+        if session.record is not None:
+            await session.announce(replace(session.record, state="draining"))
+        steward.drain()
+        is_idle = await self._wait_idle(worker.shutdown_timeout_s, until=work)
+        if not is_idle:
+            log.error("not everything could be handed over in time", extra={"worker": self.name})
+            return False
+        await self._front.stop_accepting()
+        await self._front.linger(worker.linger_s)
+        work.cancel()
+        await session.close()
+        if self._will is not None:
+            self._will.withdraw()
+        log.info("left", extra={"worker": self.name})
+        return True
+
+    async def _wait_idle(self, timeout_s: float, until: asyncio.Task[None] | None = None) -> bool:
+        """Whether the host led and ran nothing any more within so long."""
+        assert self._host is not None, "comes after the start"
+        until_ns = self._clock.now_ns() + int(timeout_s * NS_PER_S)
+        while not self._host.is_idle:
+            if self._clock.now_ns() >= until_ns:
+                return False
+            if until is not None and until.done():
+                self._host.lose_all("the session is lost")
+                until = None
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    async def _sleep_unless_stopping(self, pause_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._stopping.wait()
+
+
+async def _ended(task: "asyncio.Task[Any]") -> None:
+    """Cancel a task and wait until it has ended; its failure is logged, not raised."""
+    task.cancel()
+    await asyncio.wait({task})  # bounded by the task: each of ours ends its own within named time-outs
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a task of the worker failed", exc_info=error, extra={"task": task.get_name()})
