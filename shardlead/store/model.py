@@ -167,8 +167,8 @@ class Model:
 
     @property
     def leases(self) -> tuple[int, ...]:
-        """All living leases, in the order of their ids."""
-        return tuple(sorted(self._leases))
+        """All living leases, the first to end first."""
+        return tuple(sorted(self._leases, key=lambda lease: (self._leases[lease].expiry_ns, lease)))
 
     def grant(self, ttl_s: int, now_ns: int, lease: int = 0) -> Grant:
         """A new lease of at least `min_ttl_s`; with `lease` 0 under an id of our choice. Raises StoreRejected."""
