@@ -53,8 +53,6 @@ class Beacon:
         self._rng = rng
         self._tick_at_ns = clock.now_ns()
         self._tick_revision = 0
-        self._missing_before: set[int] = set()
-        self._offered: dict[int, int] = {}  # shard -> how many have been offered it
         self._orphan_audit_at_ns = 0
 
     def note(self, fleet: Fleet) -> None:
@@ -76,7 +74,7 @@ class Beacon:
             match await self._courier.tick(seen_revision, n + 1):
                 case Ticked(revision):
                     if await self._sees_tick(seen_revision) and self.is_offering:
-                        await self._look_for_orphans(revision)
+                        await self._look_for_orphans(revision, seen_revision)
                 case TickLost():
                     await self._sees_tick(seen_revision)
                 case Undecided(reason):
@@ -96,23 +94,20 @@ class Beacon:
             await asyncio.sleep(0.02)
         return True
 
-    async def _look_for_orphans(self, tick_revision: int) -> None:
+    async def _look_for_orphans(self, tick_revision: int, tick_revision_before: int) -> None:
         """Shards that nobody leads, at this tick and at the one before, are offered in rendezvous order."""
         now_ns = self._clock.now_ns()
         try:
             if await self._courier.leaders_count() >= self._shards and now_ns < self._orphan_audit_at_ns:
-                self._missing_before.clear()
-                self._offered.clear()
                 return
             self._orphan_audit_at_ns = now_ns + int(ORPHAN_AUDIT_S * NS_PER_S)
             missing = set(range(self._shards)) - await self._courier.led_shards(tick_revision)
-            alone = duties.orphans(sorted(missing), self._missing_before)
-            self._missing_before = missing
-            for shard in set(self._offered) - missing:
-                del self._offered[shard]
-            if alone and await self._is_for_controller():
+            if not missing or not tick_revision_before:
                 return
-            await self._offer(alone, tick_revision)
+            missing_before = missing - await self._courier.led_shards(tick_revision_before)
+            alone = duties.orphans(sorted(missing), missing_before)
+            if alone and not await self._is_for_controller():
+                await self._offer(alone, tick_revision)
         except StoreError as exc:
             log.warning("orphans not looked for", extra={"reason": str(exc)})
 
@@ -123,16 +118,15 @@ class Beacon:
         return await self._courier.known_histories() == 0
 
     async def _offer(self, shards: Iterable[int], tick_revision: int) -> None:
+        """Offer each to one worker; while it stays alone, the next tick's turn goes to the next in order."""
         fleet = self._view.fleet
         offered = 0
         for shard in shards:
             ranked = fleet.ranked(shard)
             if not ranked:
                 return
-            turn = self._offered.get(shard, 0)
-            name = ranked[turn % len(ranked)]
+            name = ranked[fleet.tick % len(ranked)]
             if await self._courier.offer(shard, name, fleet.members[name], tick_revision, "orphan"):
-                self._offered[shard] = turn + 1
                 offered += 1
         if offered:
             log.info("offered shards that nobody leads", extra={"shards": offered})

@@ -49,6 +49,7 @@ class Gate:
 
     __slots__ = (
         "_guarded",
+        "_is_over",
         "_is_websocket",
         "_lead",
         "_loop",
@@ -82,6 +83,7 @@ class Gate:
         self.has_begun = False  # a byte of the application's answer may have left
         self.is_cut = False
         self.is_tunnel = False
+        self._is_over = False
         self._is_websocket = False
 
     def __repr__(self) -> str:
@@ -135,7 +137,7 @@ class Gate:
         """Raise AnswerCut unless the application may send now. No await may stand between this and the sending."""
         if self._lead is None:
             return
-        if self.is_cut:
+        if self.is_cut or self._is_over:
             raise AnswerCut("this answer is over")
         if not self._lead.is_valid(self._need_s):
             self.cut()
@@ -154,7 +156,7 @@ class Gate:
 
     def finish(self) -> None:
         """The application's time to answer is over: what it left running writes no more."""
-        self.is_cut = True
+        self._is_over = True
 
     def begin_answer(self, status_line: str, headers: CIMultiDict[str]) -> None:
         """The application hands over the head of its answer; its `Shardlead-*` headers stay here."""
@@ -176,11 +178,11 @@ class Gate:
 
         For a tunnel this is its end: a WebSocket is told so, if the leadership is still valid; else it is reset.
         """
-        if self.is_tunnel and not self.is_cut:
+        if self.is_tunnel and not self.is_cut and not self._is_over:
             if self._lead is not None and not self._lead.is_valid(self._need_s):
                 self.cut()
                 return
-            self.is_cut = True
+            self._is_over = True
             transport = self._protocol.transport
             if self._is_websocket and transport is not None and not transport.is_closing():
                 transport.write(_GOING_AWAY)  # between two frames: each is written whole

@@ -300,11 +300,11 @@ class Front:
         self, request: web.Request, gate: Gate, tenure: Tenure, call: Call, failure: Exception | None
     ) -> web.StreamResponse:
         """The runtime's answer where the application's will not come: it failed, or its leadership ended."""
-        if isinstance(failure, ConnectionError) and not gate.is_connected:
+        if isinstance(failure, ConnectionError) and not gate.is_connected and not gate.is_cut:
             self._outcomes["cancelled"].inc()
             return _Sent(keep_alive=False)
         facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
-        if failure is not None:
+        if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
             _log.error("application raised in handle", exc_info=failure, extra=facts)
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):

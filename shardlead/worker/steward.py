@@ -183,6 +183,7 @@ class Steward:
             self._claim_at(shard, now_ns)
         while not self.session.is_lost:
             self._woken.clear()
+            await asyncio.sleep(0)  # what else is ready goes first: a look never starves the work
             pause_s = STILL_MINE_S
             if self.session.is_active:
                 try:
@@ -227,8 +228,8 @@ class Steward:
                 done[shard] = kv.mod_revision
             elif ownership.epoch_led(state):
                 done[shard] = kv.mod_revision
-            elif not self._draining_since_ns and self._host.backoff_until_ns(shard) <= now_ns:
-                self._claim_at(shard, now_ns)
+            elif not self._draining_since_ns and not isinstance(state, ownership.Claiming):
+                self._due.setdefault(shard, now_ns)  # looked at right after this; a back-off is minded there
             self._pursuits.pop(shard, None)
         if done:
             await self._courier.drop_offers(done)
