@@ -146,7 +146,7 @@ class LocalCluster:
         try:
             await self._begin()
         except BaseException:
-            self._show_logs()
+            self.show_logs()
             await self._exit.aclose()
             raise
         return self
@@ -155,7 +155,7 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._show_logs()
+            self.show_logs()
         await self._exit.aclose()
 
     async def _begin(self) -> None:
@@ -185,10 +185,6 @@ class LocalCluster:
             if workers:
                 await self.wait_led(timeout_s=self._ready_timeout_s)
                 await self.wait_ready(timeout_s=self._ready_timeout_s)
-
-    def _show_logs(self) -> None:
-        for process in self._maybe_processes.all if self._maybe_processes else ():
-            print(f"--- {process!r}\n{process.tail()}", file=sys.stderr)
 
     # --- what stands where
 
@@ -261,6 +257,11 @@ class LocalCluster:
             raise
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
+
+    def show_logs(self) -> None:
+        """What every process said last, to stderr; done by itself when the block is left by an error."""
+        for process in self._maybe_processes.all if self._maybe_processes else ():
+            print(f"--- {process!r}\n{process.tail()}", file=sys.stderr)
 
     # --- questions and waits
 
