@@ -19,7 +19,7 @@ from shardlead.config import SECTIONS, Rule, Settings, check
 from shardlead.errors import ConfigError, Problem
 
 ENVIRONMENT_PREFIX: Final = "SHARDLEAD_"
-OTHER_VARIABLES: Final = ("PARENT_", "DEMO_", "DEV_", "TEST_")
+OTHER_VARIABLES: Final = ("PARENT_", "DEMO_", "DEV_", "TEST_", "DEBUG")
 """Variables with our prefix that are not settings: the parent's pipe, the demo's database, ..."""
 
 SECRETS: Final = frozenset({"store.password"})
