@@ -349,7 +349,7 @@ def _outside(state: Idle | Claiming, event: Event) -> Step:
             return (state, ()) if isinstance(state, Claiming) else (Claiming(dead_epoch), (Claim(),))
         case Won(epoch) if epoch <= dead_epoch:
             # our own release, seen late or applied late: the key, if it stands, is ours to delete and not to serve
-            return Passing(epoch, Resign("an epoch that was given up")), (Send(epoch, Resign("epoch was given up")),)
+            return Passing(epoch, Resign("an epoch that was given up")), (Send(epoch, Resign("an epoch that was given up")),)
         case Won(epoch, is_active, must_wait):
             if must_wait:
                 return Waiting(epoch), (Wait(),)
