@@ -1,0 +1,496 @@
+"""The desk: finds each request's leader, holds it, sends it again, as `core.routing` says.
+
+What it never does: parse or write HTTP. It owns the gates (`hold`) and the pools of connections (`upstream`).
+
+Law: the rules are `routing.LAW`; here they are only given their facts and carried out. The one short cut is an
+arriving request whose shard has a leader and no gate: it is sent at once, which is what the law says too.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.view import View
+from shardlead.config import RouterSettings
+from shardlead.core.contract import SAFE_METHODS, Problem
+from shardlead.core.routing import (
+    NOT_LED,
+    Answer,
+    AskAgain,
+    Cut,
+    Facts,
+    Happened,
+    Hold,
+    PassOn,
+    Send,
+    Step,
+    is_harmless_twice,
+    next_step,
+)
+from shardlead.core.shardmap import Delta, Leader
+from shardlead.errors import RingError
+from shardlead.router.counts import Counts
+from shardlead.router.exchange import TUNNEL, Exchange
+from shardlead.router.heads import answer_kinds
+from shardlead.router.hold import Gate
+from shardlead.router.upstream import Pool
+
+log = logging.getLogger("shardlead.router")
+
+SWEEP_S: Final = 0.05  # how exactly waiting requests are woken by time; news of leaders wakes them at once
+DRAIN_SLACK_S: Final = 1.0
+
+_NOT_READY: Final = Answer(Problem.NOT_READY, 503, "this router has no picture of the cluster yet", 1)
+_TOO_MANY: Final = Answer(Problem.OVERLOADED, 503, "too many requests wait for this shard's leader", 1)
+_NO_WORKER: Final = Answer(Problem.NOT_LED, 503, "no worker lives", 1)
+_SAFE: Final = frozenset(method.encode() for method in SAFE_METHODS)
+_RESENT_WHY: Final = {
+    Happened.UNSENT: "unsent",
+    Happened.NOT_OPENED: "unsent",
+    Happened.STALE: "refused",
+    Happened.DRAINING: "refused",
+    Happened.UNKNOWN: "refused",
+    Happened.SUSPENDED: "refused",
+}
+_NOT_THE_EPOCHS_FAULT: Final = frozenset({Happened.ARRIVED, Happened.PAUSED, Happened.UNSENT})
+
+
+class Dispatch:
+    """Made by `server.Router`; `tasks` is the parent of all connecting."""
+
+    def __init__(
+        self, settings: RouterSettings, view: View, *, counts: Counts, clock: Clock, tasks: asyncio.TaskGroup
+    ) -> None:
+        self.counts = counts
+        self.pools: dict[tuple[str, str], Pool] = {}
+        self.gates: dict[int, Gate[Exchange]] = {}
+        self.is_stopping = False
+        self._settings = settings
+        self._view = view
+        self._clock = clock
+        self._tasks = tasks
+        self._kinds = answer_kinds()
+        self._tunnels: dict[int, set[Exchange]] = {}
+        self._keyless = 0
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._unsubscribe: Callable[[], None] = view.subscribe(self._on_delta)
+
+    def close(self) -> None:
+        """End all connections and take no more news."""
+        self._unsubscribe()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        for pool in self.pools.values():
+            pool.close()
+
+    # --- `exchange.Desk`
+
+    def submit(self, exchange: Exchange) -> None:
+        if exchange.key is None:
+            self._submit_keyless(exchange)
+            return
+        try:
+            route = self._view.map.route(exchange.key)
+        except RingError:
+            exchange.fail(_NOT_READY)
+            return
+        shard = exchange.shard = route.shard
+        leader = route.leader
+        if leader is not None and leader.address and shard not in self.gates:
+            self._send(exchange, leader)
+        else:
+            self._go_on(exchange, Happened.ARRIVED)
+
+    def happened(self, exchange: Exchange, what: Happened) -> None:
+        self._go_on(exchange, what)
+
+    def turned_down(self, exchange: Exchange, what: Happened, epoch: int, leader: bytes) -> None:
+        self.counts.refused[what.value] += 1
+        if exchange.shard >= 0 and exchange.leader is not None:
+            gate = self._gate(exchange.shard)
+            gate.floor = max(gate.floor, epoch, exchange.leader.epoch)
+            hint = _read_hint(leader)
+            if hint is not None and hint.epoch > max(gate.floor - 1, exchange.leader.epoch):
+                gate.floor = hint.epoch
+                seen = self._view.map.leader(exchange.shard)
+                if seen is None or seen.epoch < hint.epoch:
+                    gate.hint = hint
+        self._go_on(exchange, what)
+
+    def accepted(self, exchange: Exchange) -> None:
+        gate = self.gates.get(exchange.shard)
+        if gate is not None and gate.probe is exchange:
+            self._open(gate)
+
+    def is_current(self, exchange: Exchange) -> bool:
+        return exchange.shard < 0 or self._leader(exchange.shard) is exchange.leader
+
+    def withdraw(self, exchange: Exchange) -> None:
+        gate = self.gates.get(exchange.shard)
+        if gate is not None:
+            if gate.probe is exchange:
+                gate.probe = None
+            if exchange.is_held:
+                gate.remove(exchange)
+                self._unhold(exchange)
+        if exchange.pool is not None:
+            exchange.pool.withdraw(exchange)
+
+    def keep(self, size: int) -> bool:
+        if size > 0 and self.counts.kept_bytes + size > self._settings.held_bytes_max:
+            return False
+        self.counts.kept_bytes += size
+        return True
+
+    def ended(self, exchange: Exchange, outcome: str) -> None:
+        counts = self.counts
+        if outcome == "answered":
+            counts.answered += 1
+        else:
+            counts.others[outcome] += 1
+        if self.gates:
+            gate = self.gates.get(exchange.shard)
+            if gate is not None and gate.probe is exchange:
+                gate.probe = None
+        if self._tunnels:
+            tunnels = self._tunnels.get(exchange.shard)
+            if tunnels is not None and exchange in tunnels:
+                counts.tunnels -= 1
+                tunnels.discard(exchange)
+                if not tunnels:
+                    del self._tunnels[exchange.shard]
+        counts.request_durations.add((self._clock.now_ns() - exchange.since_ns) / NS_PER_S)
+
+    def tunnelled(self, exchange: Exchange) -> None:
+        """It has become a tunnel, which closes when its shard moves."""
+        self.counts.tunnels += 1
+        self._tunnels.setdefault(exchange.shard, set()).add(exchange)
+
+    # --- carrying out
+
+    def _go_on(self, exchange: Exchange, what: Happened) -> None:
+        shard = exchange.shard
+        if shard < 0:
+            self._go_on_keyless(exchange, what)
+            return
+        gate = self.gates.get(shard)
+        tried = 0 if gate is None else gate.turned_down
+        if what not in _NOT_THE_EPOCHS_FAULT and exchange.leader is not None:
+            exchange.why = what
+            tried = max(tried, exchange.leader.epoch)
+        elif what is Happened.PAUSED:
+            tried = 0
+        elif what is Happened.ARRIVED and gate is not None and len(gate) and not exchange.is_held:
+            self._hold(exchange, gate.turned_down, 0.0)  # first in, first out
+            return
+        now = self._clock.now_ns()
+        if exchange.hold_until_ns == 0:
+            exchange.hold_until_ns = now + self._hold_ns(shard)
+        floor = 0 if gate is None else gate.floor
+        seen = self._view.map.leader(shard)
+        if seen is not None and seen.epoch > floor:
+            floor = seen.epoch
+        facts = Facts(
+            leader=self._leader(shard),
+            floor=floor,
+            tried=tried,
+            time_left_s=(exchange.hold_until_ns - now) / NS_PER_S,
+            is_harmless_twice=self._is_harmless_twice(exchange),
+            is_body_kept=exchange.is_body_kept,
+            repeats=exchange.repeats,
+        )
+        self._carry_out(exchange, what, next_step(what, facts))
+
+    def _carry_out(self, exchange: Exchange, what: Happened, step: Step) -> None:
+        if not isinstance(step, PassOn):
+            exchange.detach()
+        match step:
+            case Send(leader):
+                if what not in _NOT_THE_EPOCHS_FAULT:
+                    why = _RESENT_WHY.get(what)
+                    if why is None:
+                        exchange.repeats += 1
+                        why = "safe" if exchange.head.method in _SAFE else "idempotent"
+                    self.counts.resent[why] += 1
+                self._unhold(exchange)
+                self._send(exchange, leader)
+            case Hold(above):
+                self._hold_after(exchange, what, above, 0.0)
+            case AskAgain(above, pause_s):
+                self._hold_after(exchange, what, above, pause_s)
+            case Answer():
+                self._forget_probe(exchange)
+                self._unhold(exchange)
+                exchange.fail(step)
+            case PassOn():
+                pass
+            case Cut():
+                exchange.cut()
+
+    def _send(self, exchange: Exchange, leader: Leader) -> None:
+        pool = self.pools.get((leader.worker, leader.address)) or self._new_pool(leader.worker, leader.address)
+        exchange.send(leader, pool, must_be_alive=exchange.head.method not in _SAFE)
+
+    def _new_pool(self, worker: str, address: str) -> Pool:
+        pool = Pool(
+            worker,
+            address,
+            connections_max=self._settings.upstream_connections_max,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            kinds=self._kinds,
+            counts=self.counts,
+            tasks=self._tasks,
+        )
+        self.pools[worker, address] = pool
+        return pool
+
+    def _leader(self, shard: int) -> Leader | None:
+        """The leader with the largest epoch that anybody has told of."""
+        seen = self._view.map.leader(shard)
+        if self.gates:
+            gate = self.gates.get(shard)
+            if gate is not None and gate.hint is not None and (seen is None or seen.epoch < gate.hint.epoch):
+                return gate.hint
+        return seen
+
+    def _is_harmless_twice(self, exchange: Exchange) -> bool:
+        head = exchange.head
+        is_idempotent = False
+        if head.has_idempotency_key and exchange.leader is not None:
+            member = self._view.map.workers.get(exchange.leader.worker)
+            # Of a worker that has just died nothing is known any more; its fleet runs one class.
+            members = [member] if member is not None else self._view.map.workers.values()
+            is_idempotent = any(each.record.idempotent for each in members) and all(
+                each.record.idempotent for each in members
+            )
+        return is_harmless_twice(
+            head.method, has_idempotency_key=head.has_idempotency_key, is_class_idempotent=is_idempotent
+        )
+
+    def _hold_ns(self, shard: int) -> int:
+        """How long a request of this shard may wait: a drain must not outlast it."""
+        hold_s = self._settings.hold_timeout_s
+        leader = self._view.map.leader(shard)
+        if leader is not None:
+            member = self._view.map.workers.get(leader.worker)
+            if member is not None:
+                hold_s = max(hold_s, member.record.drain_timeout_s + DRAIN_SLACK_S)
+        return int(hold_s * NS_PER_S)
+
+    # --- holding
+
+    def _gate(self, shard: int) -> Gate[Exchange]:
+        gate = self.gates.get(shard)
+        if gate is None:
+            gate = self.gates[shard] = Gate(shard)
+        return gate
+
+    def _forget_probe(self, exchange: Exchange) -> None:
+        gate = self.gates.get(exchange.shard)
+        if gate is not None and gate.probe is exchange:
+            gate.probe = None
+
+    def _hold_after(self, exchange: Exchange, what: Happened, above: int, pause_s: float) -> None:
+        gate = self._gate(exchange.shard)
+        if gate.probe is exchange:
+            gate.probe = None
+        if above > gate.turned_down:
+            gate.turned_down = above
+            gate.ask_at_ns = None
+        if what not in _NOT_THE_EPOCHS_FAULT and pause_s:
+            gate.pause_ns = int(pause_s * NS_PER_S)
+            gate.ask_at_ns = self._clock.now_ns() + gate.pause_ns
+        self._hold(exchange, above, pause_s)
+
+    def _hold(self, exchange: Exchange, above: int, pause_s: float) -> None:
+        gate = self._gate(exchange.shard)
+        if not exchange.is_held:
+            if self.counts.held >= self._settings.held_max or len(gate) >= self._settings.held_per_shard_max:
+                exchange.fail(_TOO_MANY)
+                return
+            exchange.is_held = True
+            exchange.held_ns = self._clock.now_ns()
+            self.counts.held += 1
+        if exchange.hold_until_ns == 0:
+            exchange.hold_until_ns = exchange.held_ns + self._hold_ns(exchange.shard)
+        if gate.ask_at_ns is None and (pause_s or gate.turned_down):
+            gate.pause_ns = int((pause_s or 1.0) * NS_PER_S)
+            gate.ask_at_ns = self._clock.now_ns() + gate.pause_ns
+        gate.turned_down = max(gate.turned_down, above)
+        gate.push(exchange)
+        if self._sweep_timer is None:
+            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    def _unhold(self, exchange: Exchange) -> None:
+        if exchange.is_held:
+            exchange.is_held = False
+            self.counts.held -= 1
+            self.counts.hold_durations.add((self._clock.now_ns() - exchange.held_ns) / NS_PER_S)
+
+    def _release(self, gate: Gate[Exchange], what: Happened) -> None:
+        """All that wait go on, first come first. Those that must wait on are put back."""
+        for exchange in gate.take_all():
+            self._go_on(exchange, what)
+
+    def _open(self, gate: Gate[Exchange]) -> None:
+        """Under the present epoch requests are admitted after all."""
+        gate.probe = None
+        gate.turned_down = 0
+        gate.ask_at_ns = None
+        self._release(gate, Happened.PAUSED)
+        self._tidy(gate)
+
+    def _reconsider(self, gate: Gate[Exchange]) -> None:
+        """News of this shard's leader."""
+        leader = self._leader(gate.shard)
+        if leader is not None and leader.address and leader.epoch >= gate.floor and leader.epoch > gate.turned_down:
+            gate.probe = None
+            gate.ask_at_ns = None
+            self._release(gate, Happened.ARRIVED)
+        self._tidy(gate)
+
+    def _tidy(self, gate: Gate[Exchange]) -> None:
+        """Take the gate away if the shard is ordinary again."""
+        seen = self._view.map.leader(gate.shard)
+        if (
+            not len(gate)
+            and gate.probe is None
+            and seen is not None
+            and seen.address
+            and seen.epoch >= gate.floor
+            and seen.epoch > gate.turned_down
+        ):
+            self.gates.pop(gate.shard, None)
+
+    def _sweep(self) -> None:
+        """Wake what waits by time: end holds, ask again."""
+        self._sweep_timer = None
+        now = self._clock.now_ns()
+        for gate in tuple(self.gates.values()):
+            for exchange in gate.waiting():
+                if exchange.hold_until_ns <= now:
+                    gate.remove(exchange)
+                    self._expire(exchange)
+            if gate.ask_at_ns is not None and gate.ask_at_ns <= now:
+                self._ask_again(gate, now)
+            self._tidy(gate)
+        if self.counts.held or any(gate.probe is not None for gate in self.gates.values()):
+            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    def _expire(self, exchange: Exchange) -> None:
+        self._unhold(exchange)
+        step = next_step(exchange.why, Facts(leader=None, time_left_s=0.0, is_harmless_twice=True))
+        exchange.fail(step if isinstance(step, Answer) else NOT_LED)
+
+    def _ask_again(self, gate: Gate[Exchange], now: int) -> None:
+        leader = self._leader(gate.shard)
+        if leader is None or not leader.address or leader.epoch < gate.floor:
+            gate.ask_at_ns = now + gate.pause_ns
+            return
+        if gate.probe is not None:
+            self._open(gate)  # one was sent a pause ago and was not refused, which a worker does at once
+            return
+        first = gate.pop()
+        if first is None:
+            gate.ask_at_ns = None
+            gate.turned_down = 0  # nobody waits: the next to arrive may ask
+            return
+        gate.probe = first
+        gate.ask_at_ns = now + gate.pause_ns
+        self._go_on(first, Happened.PAUSED)
+
+    # --- requests without a key
+
+    def _submit_keyless(self, exchange: Exchange) -> None:
+        members = [
+            (name, member) for name, member in sorted(self._view.map.workers.items()) if member.record.state == "up"
+        ]
+        if not members:
+            exchange.fail(_NO_WORKER if self._view.is_ready else _NOT_READY)
+            return
+        self._keyless += 1
+        name, member = members[self._keyless % len(members)]
+        self._send(exchange, Leader(name, member.record.sid, 0, member.record.address, 0))
+
+    def _go_on_keyless(self, exchange: Exchange, what: Happened) -> None:
+        """Another worker, at most three times, as the law allows."""
+        exchange.repeats += 1
+        facts = Facts(
+            leader=exchange.leader,
+            is_harmless_twice=self._is_harmless_twice(exchange),
+            is_body_kept=exchange.is_body_kept,
+            repeats=exchange.repeats,
+        )
+        step = next_step(what, facts)
+        if isinstance(step, Send | Hold | AskAgain):
+            if exchange.repeats > len(self._view.map.workers) + 1:
+                exchange.detach()
+                exchange.fail(_NO_WORKER)
+            else:
+                exchange.detach()
+                self._submit_keyless(exchange)
+        else:
+            self._carry_out(exchange, what, step)
+
+    # --- news
+
+    def _on_delta(self, delta: Delta) -> None:
+        map_ = self._view.map
+        touched: set[str] = set()
+        for change in delta.leaders:
+            gate = self.gates.get(change.shard)
+            if gate is not None:
+                self._reconsider(gate)
+            if change.before is not None:
+                touched.add(change.before.worker)
+            if change.after is not None:
+                touched.add(change.after.worker)
+            for exchange in tuple(self._tunnels.get(change.shard, ())):
+                if (
+                    exchange.state == TUNNEL
+                    and exchange.leader is not None
+                    and (change.after is None or change.after.epoch > exchange.leader.epoch)
+                ):
+                    exchange.close_tunnel()
+        if delta.is_reset:
+            for gate in tuple(self.gates.values()):
+                self._reconsider(gate)
+        for name, sid in delta.workers_gone:
+            for pool in self._pools_of(name):
+                for connection in tuple(pool.busy):
+                    if connection.taker is not None:
+                        connection.taker.session_ended(sid)
+                for taker in tuple(pool.waiting):
+                    taker.session_ended(sid)
+        touched.update(change.name for change in delta.workers_changed)
+        for name in touched:
+            member = map_.workers.get(name)
+            for pool in self._pools_of(name):
+                is_gone = member is None or member.record.address != pool.address
+                is_leaving = is_gone or (member is not None and member.record.state == "draining")
+                pool.leave(is_leaving=is_leaving and (is_gone or name not in map_.led))
+                if is_gone and pool.is_empty:
+                    self.pools.pop((pool.worker, pool.address), None)
+
+    def _pools_of(self, worker: str) -> list[Pool]:
+        return [pool for pool in self.pools.values() if pool.worker == worker]
+
+    def sweep_pools(self, now_s: float) -> None:
+        """Close what has been idle for too long; forget pools of workers that are gone."""
+        for key, pool in tuple(self.pools.items()):
+            pool.now_s = now_s
+            pool.close_idle(now_s - self._settings.upstream_idle_timeout_s)
+            if pool.is_empty:
+                member = self._view.map.workers.get(pool.worker)
+                if member is None or member.record.address != pool.address:
+                    del self.pools[key]
+
+
+def _read_hint(text: bytes) -> Leader | None:
+    """The leader that a worker names: `<worker> <address> <epoch>`."""
+    parts = text.decode("latin-1").split(" ")
+    if len(parts) != 3 or not parts[1] or not (parts[2].isascii() and parts[2].isdigit()):
+        return None
+    return Leader(parts[0], "", int(parts[2]), parts[1], 0)

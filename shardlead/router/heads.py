@@ -1,0 +1,350 @@
+"""Heads of messages: what the router takes from a request's and an answer's header fields, and what it sends on.
+
+What it never does: touch a socket. It is the request path, so it is written for speed: one dict lookup a field tells
+what to do with it, and fields that pass are joined as the bytes they came in.
+
+Law: hop-by-hop fields go; so does everything that begins with `Shardlead-`, both ways, so that nobody but the
+runtimes can speak the contract. Framing is our own on both sides: a message leaves with exactly one Content-Length or
+one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from shardlead.core import contract
+from shardlead.core.contract import Problem
+from shardlead.errors import RequestError
+
+Fields = Sequence[tuple[bytes, bytes]]
+
+# What to do with a field. Those from CONNECTION on are looked at one by one.
+PASS: Final = 0
+DROP: Final = 1
+CONNECTION: Final = 2
+CONTENT_LENGTH: Final = 3
+TRANSFER_ENCODING: Final = 4
+HOST: Final = 5
+EXPECT: Final = 6
+UPGRADE: Final = 7
+FORWARDED_FOR: Final = 8
+FORWARDED_PROTO: Final = 9
+FORWARDED_HOST: Final = 10
+FORWARDED: Final = 11
+IDEMPOTENCY_KEY: Final = 12
+REFUSED: Final = 13
+EPOCH: Final = 14
+LEADER: Final = 15
+OUTCOME: Final = 16
+KEY_BIT: Final = 32  # added where a key rule names the field
+
+_HOP_BY_HOP: Final = {
+    b"connection": CONNECTION,
+    b"keep-alive": DROP,
+    b"proxy-connection": DROP,
+    b"proxy-authenticate": DROP,
+    b"proxy-authorization": DROP,
+    b"te": DROP,
+    b"trailer": DROP,
+    b"transfer-encoding": TRANSFER_ENCODING,
+    b"upgrade": UPGRADE,
+    b"content-length": CONTENT_LENGTH,
+}
+_OF_REQUESTS: Final = {
+    **_HOP_BY_HOP,
+    b"http2-settings": DROP,
+    b"host": HOST,
+    b"expect": EXPECT,
+    b"x-forwarded-for": FORWARDED_FOR,
+    b"x-forwarded-proto": FORWARDED_PROTO,
+    b"x-forwarded-host": FORWARDED_HOST,
+    b"forwarded": FORWARDED,
+    contract.IDEMPOTENCY_KEY.lower().encode(): IDEMPOTENCY_KEY,
+}
+_OF_ANSWERS: Final = {
+    **_HOP_BY_HOP,
+    contract.REFUSED.lower().encode(): REFUSED,
+    contract.EPOCH.lower().encode(): EPOCH,
+    contract.LEADER.lower().encode(): LEADER,
+    contract.OUTCOME.lower().encode(): OUTCOME,
+}
+_RESERVED: Final = contract.RESERVED_PREFIX.encode()
+_KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
+
+ForwardedPolicy = Literal["append", "replace", "off"]
+
+
+class Kinds:
+    """What to do with a field, by its name as spelled; remembers spellings."""
+
+    __slots__ = ("_by_name", "_by_spelling")
+
+    def __init__(self, by_name: dict[bytes, int], key_headers: frozenset[bytes] = frozenset()) -> None:
+        self._by_name = by_name | {name: by_name.get(name, PASS) | KEY_BIT for name in key_headers}
+        self._by_spelling: dict[bytes, int] = {}
+
+    def learn(self, name: bytes) -> int:
+        lower = name.lower()
+        kind = self._by_name.get(lower)
+        if kind is None:
+            kind = DROP if lower.startswith(_RESERVED) else PASS
+        if len(self._by_spelling) < _KINDS_KEPT_MAX:
+            self._by_spelling[name] = kind
+        return kind
+
+
+def request_kinds(key_headers: frozenset[bytes]) -> Kinds:
+    """Kinds of a request's fields; `key_headers` are the names (lower case) that key rules look at."""
+    return Kinds(_OF_REQUESTS, key_headers)
+
+
+def answer_kinds() -> Kinds:
+    """Kinds of an answer's fields."""
+    return Kinds(_OF_ANSWERS)
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request's head, understood. `length` -1: no Content-Length. `fields` pass on as they are."""
+
+    method: bytes
+    target: bytes
+    fields: bytes
+    host: bytes
+    key_values: Sequence[bytes]
+    length: int
+    is_chunked: bool
+    is_keep_alive: bool
+    is_http_11: bool
+    expects_continue: bool
+    upgrade: bytes  # what to change to, if Connection asks for it
+    has_upgrade: bool  # an Upgrade field came
+    has_idempotency_key: bool
+
+    @property
+    def has_body(self) -> bool:
+        return self.is_chunked or self.length > 0
+
+
+class Forwarder:
+    """Writes X-Forwarded-For, -Proto, -Host and Forwarded for one client connection, by the stated policy.
+
+    "append": the peer is added to what came, Proto and Host stay if they came. "replace": what came is thrown away.
+    "off": what came passes, nothing is added.
+    """
+
+    __slots__ = ("_peer", "_peer_node", "_policy")
+
+    def __init__(self, policy: ForwardedPolicy, peer: str) -> None:
+        self._policy = policy
+        self._peer = peer.encode()
+        self._peer_node = b'"[%s]"' % self._peer if b":" in self._peer else self._peer
+
+    def write(self, host: bytes, came: dict[int, list[bytes]] | None) -> bytes:
+        if came is None or self._policy == "replace":
+            if self._policy == "off":
+                return b""
+            node = self._peer_node
+            peer = self._peer
+            return (
+                b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n"
+                b'Forwarded: for=%b;host="%b";proto=http\r\n' % (peer, host, node, host)
+            )
+        lines = []
+        for kind, name, own in (
+            (FORWARDED_FOR, b"X-Forwarded-For", self._peer),
+            (FORWARDED_PROTO, b"X-Forwarded-Proto", b"http"),
+            (FORWARDED_HOST, b"X-Forwarded-Host", host),
+            (FORWARDED, b"Forwarded", b'for=%b;host="%b";proto=http' % (self._peer_node, host)),
+        ):
+            values = came.get(kind, [])
+            if self._policy == "append" and (not values or kind in (FORWARDED_FOR, FORWARDED)):
+                values = [*values, own]
+            if values:
+                lines.append(b"%b: %b\r\n" % (name, b", ".join(values)))
+        return b"".join(lines)
+
+
+def read_request(
+    method: bytes, target: bytes, version: str, came: Fields, kinds: Kinds, forwarder: Forwarder
+) -> RequestHead:
+    """Understand a request's head. Raises RequestError (with its status) for whatever is not allowed."""
+    if version != "1.1" and version != "1.0":
+        raise RequestError(Problem.BAD_REQUEST, f"HTTP/{version} is not spoken here", status=505)
+    is_http_11 = version == "1.1"
+    spellings = kinds._by_spelling  # noqa: SLF001  # the same module; one attribute instead of a call a field
+    parts: list[bytes] = []
+    key_values: list[bytes] = []
+    forwarded: dict[int, list[bytes]] | None = None
+    options: list[bytes] = []
+    host: bytes | None = None
+    length = -1
+    is_chunked = has_idempotency_key = expects_continue = False
+    upgrade = b""
+    for name, value in came:
+        kind = spellings.get(name)
+        if kind is None:
+            kind = kinds.learn(name)
+        if kind >= KEY_BIT:
+            key_values.append(value)
+            kind -= KEY_BIT
+        if kind == PASS:
+            parts += (name, b": ", value, b"\r\n")
+        elif kind == DROP:
+            pass
+        elif kind == HOST:
+            if host is not None:
+                raise RequestError(Problem.BAD_REQUEST, "two Host fields")
+            host = value
+        elif kind == CONNECTION:
+            options += [option.strip().lower() for option in value.split(b",")]
+        elif kind == CONTENT_LENGTH:
+            if length >= 0 or not value.isdigit():
+                raise RequestError(Problem.BAD_REQUEST, "Content-Length is not one number")
+            length = int(value)
+        elif kind == TRANSFER_ENCODING:
+            if is_chunked or value.strip().lower() != b"chunked":
+                raise RequestError(Problem.BAD_REQUEST, "the only Transfer-Encoding understood is chunked", status=501)
+            is_chunked = True
+        elif kind == EXPECT:
+            if value.strip().lower() != b"100-continue":
+                raise RequestError(Problem.BAD_REQUEST, "the only expectation understood is 100-continue", status=417)
+            expects_continue = True
+        elif kind == UPGRADE:
+            if upgrade or not value:
+                raise RequestError(Problem.BAD_REQUEST, "Upgrade twice or empty")
+            upgrade = value
+        elif kind == IDEMPOTENCY_KEY:
+            has_idempotency_key = True
+            parts += (name, b": ", value, b"\r\n")
+        else:
+            if forwarded is None:
+                forwarded = {}
+            forwarded.setdefault(kind, []).append(value)
+    if is_chunked and (length >= 0 or not is_http_11):
+        raise RequestError(Problem.BAD_REQUEST, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+    if target[:1] != b"/":
+        target, host = _origin_form(method, target, host)
+    elif b"#" in target:
+        raise RequestError(Problem.BAD_REQUEST, "a fragment in the request target")
+    if host is None:
+        if is_http_11:
+            raise RequestError(Problem.BAD_REQUEST, "no Host field")
+        host = b""
+    elif any(character in host for character in b' \t,/@?#"<>\\'):
+        raise RequestError(Problem.BAD_REQUEST, "a Host that is none")
+    is_keep_alive = is_http_11
+    has_upgrade = bool(upgrade)
+    if options:
+        if b"close" in options:
+            is_keep_alive = False
+        elif b"keep-alive" in options:
+            is_keep_alive = True
+        if b"upgrade" not in options:
+            upgrade = b""
+        parts = _without(parts, options, kinds)
+    else:
+        upgrade = b""
+    parts.append(forwarder.write(host, forwarded))
+    return RequestHead(
+        method,
+        target,
+        b"".join(parts),
+        host,
+        key_values,
+        length,
+        is_chunked,
+        is_keep_alive,
+        is_http_11,
+        expects_continue and is_http_11,
+        upgrade,
+        has_upgrade,
+        has_idempotency_key,
+    )
+
+
+def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
+    """The target as "/path?query" and the Host that goes with it (RFC 9112, 3.2: the absolute form's wins)."""
+    if target == b"*" and method == b"OPTIONS":
+        return target, host
+    if method != b"CONNECT" and target[:7].lower() == b"http://" and b"#" not in target:
+        authority, slash, path = target[7:].partition(b"/")
+        if b"?" not in authority and authority:
+            return slash + path or b"/", authority
+    raise RequestError(Problem.BAD_REQUEST, "the request target is not a path")
+
+
+_ORDINARY_OPTIONS: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
+
+
+def _without(parts: list[bytes], options: list[bytes], kinds: Kinds) -> list[bytes]:
+    """The fields that pass, less those that `Connection` names; fields we need ourselves cannot be named away."""
+    named = {option for option in options if option not in _ORDINARY_OPTIONS}
+    if not named:
+        return parts
+    kept: list[bytes] = []
+    for at in range(0, len(parts), 4):
+        if parts[at].lower() not in named or kinds.learn(parts[at]) != PASS:
+            kept += parts[at : at + 4]
+    return kept
+
+
+@dataclass(slots=True)
+class AnswerHead:
+    """A worker's answer's head, understood. `fields` pass on as they are. `length` -1: none given."""
+
+    status: int
+    fields: list[bytes]
+    length: int
+    is_chunked: bool
+    is_last: bool  # the worker says Connection: close
+    upgrade: bytes
+    refused: bytes
+    epoch: int
+    leader: bytes
+    outcome: bytes
+
+
+def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
+    """Understand an answer's head. Raises RequestError for a framing that could be read in two ways."""
+    spellings = kinds._by_spelling  # noqa: SLF001  # as above
+    parts: list[bytes] = []
+    length = -1
+    is_chunked = is_last = False
+    upgrade = refused = leader = outcome = b""
+    epoch = 0
+    options: list[bytes] = []
+    for name, value in came:
+        kind = spellings.get(name)
+        if kind is None:
+            kind = kinds.learn(name)
+        if kind == PASS:
+            parts += (name, b": ", value, b"\r\n")
+        elif kind == DROP:
+            pass
+        elif kind == CONTENT_LENGTH:
+            if length >= 0 or not value.isdigit():
+                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Content-Length is not one number")
+            length = int(value)
+        elif kind == TRANSFER_ENCODING:
+            if is_chunked or value.strip().lower() != b"chunked":
+                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Transfer-Encoding is not understood")
+            is_chunked = True
+        elif kind == CONNECTION:
+            options += [option.strip().lower() for option in value.split(b",")]
+        elif kind == UPGRADE:
+            upgrade = value
+        elif kind == REFUSED:
+            refused = value
+        elif kind == EPOCH:
+            epoch = int(value) if value.isdigit() and len(value) < 20 else 0
+        elif kind == LEADER:
+            leader = value
+        else:
+            outcome = value
+    if is_chunked and length >= 0:
+        raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has two framings")
+    if options:
+        is_last = b"close" in options
+        parts = _without(parts, options, kinds)
+    return AnswerHead(status, parts, length, is_chunked, is_last, upgrade, refused, epoch, leader, outcome)

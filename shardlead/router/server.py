@@ -1,0 +1,202 @@
+"""The router: listens, keeps house, stops in order.
+
+What it never does: read the store (it is given a view, which its caller runs) or decide about a request.
+
+Law: nothing waits without a bound; time-outs are found by coarse sweeps, because a timer for each request costs more
+than the request. Stopping: no new connections, requests under way end, answers say `Connection: close`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.view import View
+from shardlead.config import RouterSettings
+from shardlead.core.routing import KeyRules
+from shardlead.router.counts import Counts
+from shardlead.router.dispatch import Dispatch
+from shardlead.router.downstream import Downstream
+from shardlead.router.exchange import Exchange
+from shardlead.router.heads import request_kinds
+
+log = logging.getLogger("shardlead.router")
+
+SWEEP_S: Final = 1.0
+STOPPING_SWEEP_S: Final = 0.05
+BACKLOG: Final = 1_024
+
+
+class Router:
+    """`async with Router(settings, view, clock=clock) as router:` listens until left. `run()` serves until told to
+    `stop()`. The view is run by the caller."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        view: View,
+        *,
+        clock: Clock,
+        counts: Counts | None = None,
+        share_port: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.view = view
+        self.counts = counts if counts is not None else Counts()
+        self.rules = KeyRules.parse(settings.key_rules)
+        self.kinds = request_kinds(self.rules.headers)
+        self.is_stopping = False
+        self.now_ns: Callable[[], int] = clock.now_ns
+        self.now_s = clock.now_ns() / NS_PER_S
+        self._clock = clock
+        self._share_port = share_port
+        self._desk: Dispatch | None = None
+        self._server: asyncio.Server | None = None
+        self._connections: set[Downstream] = set()
+        self._peers: Counter[str] = Counter()
+        self._number = 0
+        self._task: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+        self._left = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Router at {self.address or 'no address yet'}: {len(self._connections)} clients, {self.counts.held} held>"
+        )
+
+    # --- lifecycle
+
+    async def __aenter__(self) -> "Router":
+        """Listen. Raises OSError if the port cannot be had."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Downstream(self),
+            self.settings.host,
+            self.settings.port,
+            backlog=BACKLOG,
+            reuse_port=self._share_port or None,
+            start_serving=False,
+        )
+        started = loop.create_future()
+        self._task = loop.create_task(self._serve(self._server, started), name="router")
+        await asyncio.wait((started, self._task), return_when=asyncio.FIRST_COMPLETED)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Stop, in order and bounded by `shutdown_timeout_s`."""
+        self._stop.set()
+        assert self._task is not None
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            self._task.cancel()
+            raise
+
+    async def run(self) -> None:
+        """Serve until `stop()`; then end in order and return. Raises OSError if the port cannot be had."""
+        async with self:
+            assert self._task is not None
+            await asyncio.wait((self._task,))
+
+    def stop(self) -> None:
+        """Let `run` return. May be called from a signal handler of the loop."""
+        self._stop.set()
+
+    async def _serve(self, server: asyncio.Server, started: asyncio.Future[None]) -> None:
+        """The parent of all that runs for this router."""
+        async with asyncio.TaskGroup() as tasks:
+            desk = self._desk = Dispatch(self.settings, self.view, counts=self.counts, clock=self._clock, tasks=tasks)
+            sweeper = tasks.create_task(self._sweep(), name="router sweep")
+            try:
+                await server.start_serving()
+                log.info("router listens", extra={"address": self.address})
+                started.set_result(None)
+                await self._stop.wait()
+                await self._drain()
+            finally:
+                sweeper.cancel()
+                server.close()
+                for connection in tuple(self._connections):
+                    connection.abort()
+                desk.close()
+
+    async def _drain(self) -> None:
+        """No new connections; those under way end, but not for longer than `shutdown_timeout_s`."""
+        self.is_stopping = True
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self._connections):
+            connection.stop()
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout_s):
+                while self._connections:
+                    self._house_keep()
+                    self._left.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(STOPPING_SWEEP_S):
+                            await self._left.wait()
+        except TimeoutError:
+            log.warning("stopped with clients left", extra={"clients": len(self._connections)})
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._house_keep()
+
+    def _house_keep(self) -> None:
+        now_s = self.now_s = self._clock.now_ns() / NS_PER_S
+        for connection in tuple(self._connections):
+            connection.check(now_s)
+        self.desk.sweep_pools(now_s)
+
+    # --- for others
+
+    @property
+    def address(self) -> str:
+        """host:port it listens on; empty before."""
+        if self._server is None or not self._server.sockets:
+            return ""
+        name = self._server.sockets[0].getsockname()
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        return f"{host}:{name[1]}"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests and knows where they go."""
+        return self._server is not None and not self.is_stopping and self.view.is_ready
+
+    # --- `downstream.Front`
+
+    @property
+    def desk(self) -> Dispatch:
+        assert self._desk is not None
+        return self._desk
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def admit(self, connection: Downstream, peer: str) -> str:
+        self._connections.add(connection)
+        self._peers[peer] += 1
+        self.counts.client_connections += 1
+        if len(self._connections) > self.settings.connections_max:
+            return "too many connections"
+        if self._peers[peer] > self.settings.connections_per_peer_max:
+            return "too many connections from this address"
+        return ""
+
+    def forget(self, connection: Downstream, peer: str) -> None:
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self.counts.client_connections -= 1
+            self._peers[peer] -= 1
+            if not self._peers[peer]:
+                del self._peers[peer]
+            self._left.set()
+
+    def tunnelled(self, exchange: Exchange) -> None:
+        self.desk.tunnelled(exchange)

@@ -1,0 +1,447 @@
+"""Connections to workers: one pool for each worker, a parser at the end of each connection.
+
+What it never does: choose a leader or judge an answer; whoever took the connection (`Taker`) is told what came.
+
+Law: a connection carries one request at a time and goes back into the pool only after a whole answer to a wholly
+sent request. The router closes idle connections long before the worker would. Before a request that must not be sent
+twice goes out on a used connection, the connection is looked at: if the worker's end is already known to be closed,
+another one is taken, so that what was sent into the void is never "maybe processed".
+"""
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+from collections import deque
+from typing import Final, Protocol
+
+import httptools
+
+from shardlead.core.contract import Problem
+from shardlead.errors import RequestError
+from shardlead.router.counts import Counts
+from shardlead.router.heads import AnswerHead, Kinds, read_answer
+
+log = logging.getLogger("shardlead.router")
+
+_GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+ANSWER_FIELDS_MAX: Final = 1_000
+WRITE_HIGH_BYTES: Final = 262_144
+
+
+class Taker(Protocol):
+    """A request that has a connection, or waits for one."""
+
+    def connected(self, connection: "Upstream") -> None:
+        """The connection is yours: send."""
+
+    def not_connected(self) -> None:
+        """No connection could be opened."""
+
+    def informed(self, head: AnswerHead, phrase: bytes) -> None:
+        """An interim answer (1xx other than 101) has come."""
+
+    def answer_began(self, head: AnswerHead, phrase: bytes) -> None: ...
+
+    def answer_continued(self, data: bytes) -> None: ...
+
+    def answer_ended(self) -> None:
+        """The answer is whole."""
+
+    def switched(self, head: AnswerHead, phrase: bytes, rest: bytes) -> None:
+        """101: from now on bytes pass as they are; `rest` has come already."""
+
+    def tunnelled(self, data: bytes) -> None: ...
+
+    def lost(self) -> None:
+        """The connection has ended or said what is no HTTP, and the answer is not whole."""
+
+    def session_ended(self, sid: str) -> None:
+        """That session of this worker has ended."""
+
+    def upstream_full(self) -> None:
+        """Stop writing."""
+
+    def upstream_drained(self) -> None:
+        """Go on writing."""
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to a worker."""
+
+    __slots__ = (
+        "_eof_ends",
+        "_fields",
+        "_head",
+        "_is_answering",
+        "_is_done",
+        "_is_paused",
+        "_is_skipping",
+        "_is_tunnel",
+        "_kinds",
+        "_parser",
+        "_phrase",
+        "_poll",
+        "expects_bodiless",
+        "idle_since_s",
+        "is_reusable",
+        "is_sent",
+        "is_used",
+        "pool",
+        "taker",
+        "transport",
+    )
+
+    def __init__(self, pool: "Pool", kinds: Kinds) -> None:
+        self.pool = pool
+        self._kinds = kinds
+        self.taker: Taker | None = None
+        self.transport: asyncio.Transport | None = None
+        self.is_reusable = True
+        self.is_used = False
+        self.is_sent = True  # the request was written to its end
+        self.idle_since_s = 0.0
+        self.expects_bodiless = False  # the request was a HEAD
+        self._is_answering = False
+        self._is_skipping = False
+        self._is_tunnel = False
+        self._is_paused = False
+        self._is_done = False
+        self._eof_ends = False
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._head: AnswerHead | None = None
+        self._phrase = b""
+        self._poll: select.poll | None = None
+        self._parser = httptools.HttpResponseParser(self)
+
+    # --- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        raw: socket.socket | None = transport.get_extra_info("socket")
+        if raw is not None:
+            if raw.family != socket.AF_UNIX:
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._poll = select.poll()
+            self._poll.register(raw.fileno(), _GONE_EVENTS)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_tunnel:
+            if self.taker is not None:
+                self.taker.tunnelled(data)
+            return
+        if self.taker is None and not self._is_skipping:
+            self.abort()  # a worker that speaks without being asked
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._switch(data[exc.args[0] :])
+        except httptools.HttpParserError as exc:
+            # Nonsense, an answer nobody asked for, or data after `Connection: close`. An answer that was whole
+            # before it is good; the connection is not.
+            if isinstance(exc, httptools.HttpParserCallbackError) and not isinstance(exc.__context__, RequestError):
+                log.exception("failed on a worker's answer", extra={"worker": self.pool.worker})
+            self.is_reusable = False
+            if not self._is_done:
+                self.abort()
+        if self._is_done:
+            self._complete()
+
+    def eof_received(self) -> bool:
+        if self._is_answering and self._eof_ends:
+            self.is_reusable = False
+            self._complete()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self.transport = None
+        taker = self._leave()
+        if taker is not None:
+            taker.lost()
+
+    def pause_writing(self) -> None:
+        if self.taker is not None:
+            self.taker.upstream_full()
+
+    def resume_writing(self) -> None:
+        if self.taker is not None:
+            self.taker.upstream_drained()
+
+    # --- parser
+
+    def on_message_begin(self) -> None:
+        if self._is_done:
+            raise RequestError(Problem.UPSTREAM_FAILED, "an answer that nobody asked for")
+        self._fields = []
+        self._phrase = b""
+        self._head = None
+
+    def on_status(self, phrase: bytes) -> None:
+        self._phrase += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head is None:  # else: a trailer
+            self._fields.append((name, value))
+            if len(self._fields) > ANSWER_FIELDS_MAX:
+                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
+
+    def on_headers_complete(self) -> None:
+        head = self._head = read_answer(self._parser.get_status_code(), self._fields, self._kinds)
+        status = head.status
+        if status < 200:
+            return
+        self._is_answering = True
+        is_bodiless = self.expects_bodiless or status == 204 or status == 304
+        self._eof_ends = not is_bodiless and head.length < 0 and not head.is_chunked
+        if head.is_last or self._eof_ends:
+            self.is_reusable = False
+        if self.taker is not None:
+            self.taker.answer_began(head, self._phrase)
+        if self.expects_bodiless:
+            # The parser does not know of the HEAD and may wait for a body that will not come.
+            self._is_done = True
+
+    def on_body(self, data: bytes) -> None:
+        if self._is_done:
+            raise RequestError(Problem.UPSTREAM_FAILED, "a body where there is none")
+        if self.taker is not None:
+            self.taker.answer_continued(data)
+
+    def on_message_complete(self) -> None:
+        head = self._head
+        if head is None:
+            return
+        if head.status >= 200:
+            self._is_done = True
+        elif head.status != 101 and self.taker is not None:
+            self.taker.informed(head, self._phrase)
+
+    def _complete(self) -> None:
+        if self.expects_bodiless:
+            self.expects_bodiless = False
+            self._parser = httptools.HttpResponseParser(self)
+        self._is_done = self._is_answering = self._is_skipping = self._eof_ends = False
+        self._head = None
+        taker = self.taker
+        self.taker = None
+        self.resume()
+        # Back into the pool first: the next request of the same client may want it at once.
+        self.pool.give_back(self)
+        if taker is not None:
+            taker.answer_ended()
+
+    def _switch(self, rest: bytes) -> None:
+        head = self._head
+        if head is None or head.status != 101 or self.taker is None:
+            self.abort()
+            return
+        self._is_tunnel = True
+        self.is_reusable = False
+        self.taker.switched(head, self._phrase, rest)
+
+    # --- for the taker
+
+    def is_alive(self) -> bool:
+        """Whether the worker's end is not yet known to be closed. One system call."""
+        return self.transport is not None and (self._poll is None or not self._poll.poll(0))
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def pause(self) -> None:
+        """Read no more for now: the client is slow."""
+        if self.transport is not None and not self._is_paused:
+            self._is_paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._is_paused:
+            self._is_paused = False
+            if self.transport is not None:
+                self.transport.resume_reading()
+
+    def detach(self) -> None:
+        """The taker wants no more of this answer; the rest is skipped and the connection used again if it can be."""
+        self.taker = None
+        if self.is_reusable and self.is_sent and self._is_answering:
+            self._is_skipping = True
+            self.resume()
+        else:
+            self.close()
+
+    def abort(self) -> None:
+        """End the connection at once; the taker, if there is one still, is told that it is lost."""
+        taker = self._leave()
+        if self.transport is not None:
+            self.transport.abort()
+        if taker is not None:
+            taker.lost()
+
+    def close(self) -> None:
+        """End the connection; nobody is told."""
+        self._leave()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _leave(self) -> Taker | None:
+        taker = self.taker
+        self.taker = None
+        self._is_skipping = False
+        self.is_reusable = False
+        self.pool.forget(self)
+        return taker
+
+
+class Pool:
+    """The connections to one worker at one address."""
+
+    def __init__(
+        self,
+        worker: str,
+        address: str,
+        *,
+        connections_max: int,
+        connect_timeout_s: float,
+        kinds: Kinds,
+        counts: Counts,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.worker = worker
+        self.address = address
+        self.idle: list[Upstream] = []  # last used, first taken
+        self.busy: set[Upstream] = set()
+        self.waiting: deque[Taker] = deque()
+        self.is_leaving = False
+        self.now_s = 0.0
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._connections_max = connections_max
+        self._connect_timeout_s = connect_timeout_s
+        self._kinds = kinds
+        self._counts = counts
+        self._tasks = tasks
+        host, _, port = address.rpartition(":")
+        self._host = host.removeprefix("[").removesuffix("]")
+        self._port = int(port) if port.isdigit() else 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Pool of {self.worker} at {self.address}: {len(self.busy)} busy, {len(self.idle)} idle, "
+            f"{len(self._connecting)} opening, {len(self.waiting)} waiting>"
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.idle or self.busy or self.waiting or self._connecting)
+
+    def take(self, taker: Taker, *, must_be_alive: bool) -> None:
+        """Call `taker.connected` with a connection, now or later; or `taker.not_connected`, later."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.transport is None or (must_be_alive and not connection.is_alive()):
+                connection.close()
+                continue
+            connection.taker = taker
+            self.busy.add(connection)
+            taker.connected(connection)
+            return
+        self.waiting.append(taker)
+        self._open_more()
+
+    def withdraw(self, taker: Taker) -> None:
+        """It does not wait any more."""
+        with contextlib.suppress(ValueError):
+            self.waiting.remove(taker)
+
+    def give_back(self, connection: Upstream) -> None:
+        """An answer was received whole."""
+        self.busy.discard(connection)
+        if not (connection.is_reusable and connection.is_sent):
+            connection.close()
+            self._open_more()
+        elif self.waiting:
+            self._hand_over(connection)
+        elif self.is_leaving:
+            connection.close()
+        else:
+            connection.is_used = True
+            connection.idle_since_s = self.now_s
+            self.idle.append(connection)
+
+    def forget(self, connection: Upstream) -> None:
+        """The connection has ended."""
+        self.busy.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+        if self.waiting:
+            self._open_more()
+
+    def leave(self, *, is_leaving: bool) -> None:
+        """Keep no idle connections any more (or again): the worker waits for its routers to go."""
+        self.is_leaving = is_leaving
+        if is_leaving:
+            self.close_idle(before_s=float("inf"))
+
+    def close_idle(self, before_s: float) -> None:
+        """Close what has been unused since before then."""
+        for connection in [each for each in self.idle if each.idle_since_s < before_s]:
+            connection.close()
+
+    def close(self) -> None:
+        """End everything, at once."""
+        for task in tuple(self._connecting):
+            task.cancel()
+        for connection in [*self.idle, *self.busy]:
+            connection.abort()
+
+    def _hand_over(self, connection: Upstream) -> None:
+        connection.is_used = True
+        taker = self.waiting.popleft()
+        connection.taker = taker
+        self.busy.add(connection)
+        taker.connected(connection)
+
+    def _open_more(self) -> None:
+        room = self._connections_max - len(self.busy) - len(self.idle) - len(self._connecting)
+        for _ in range(min(len(self.waiting) - len(self._connecting), room)):
+            task = self._tasks.create_task(self._open(), name=f"connect to {self.worker}")
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _open(self) -> None:
+        try:
+            connection = await self._connect()
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._connecting.discard(task)
+        if connection is None or connection.transport is None:
+            if self.waiting:
+                self.waiting.popleft().not_connected()
+        elif self.waiting:
+            taker = connection.taker = self.waiting.popleft()
+            self.busy.add(connection)
+            taker.connected(connection)
+        elif self.is_leaving:
+            connection.close()
+        else:
+            connection.idle_since_s = self.now_s
+            self.idle.append(connection)
+
+    async def _connect(self) -> Upstream | None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Upstream(self, self._kinds), self._host, self._port
+                )
+        except (OSError, TimeoutError) as exc:
+            self._counts.connects["timed-out" if isinstance(exc, TimeoutError) else "failed"] += 1
+            return None
+        self._counts.connects["connected"] += 1
+        return connection
