@@ -79,29 +79,34 @@ def answers(command: Command, epoch: int, rng: random.Random) -> Event:
     active = rng.random() < 0.8
     match command:
         case Claim():
-            return rng.choice([Won(epoch + 1, active, rng.random() < 0.3), ClaimLost(), Won(epoch + 1, active)])
+            return _one_of(rng, [Won(epoch + 1, active, rng.random() < 0.3), ClaimLost(), Won(epoch + 1, active)])
         case Wait():
             return WaitOver(active)
         case Open():
-            return rng.choice([Opened(), Opened(), Opened(), Failed("open"), FencedOff("newer")])
+            return _one_of(rng, [Opened(), Opened(), Opened(), Failed("open"), FencedOff("newer")])
         case Drain() | Cancel():
             return WorkEnded()
         case Close():
             return Closed()
         case Send(_, HandOver()):
-            return rng.choice([Passed(), Refused("gone", rng.random() < 0.5), Gone("other")])
+            return _one_of(rng, [Passed(), Refused("gone", rng.random() < 0.5), Gone("other")])
         case Send(_, Remint()):
-            return rng.choice([Passed(epoch + 1, active), Gone("other")])
+            return _one_of(rng, [Passed(epoch + 1, active), Gone("other")])
         case Send():
-            return rng.choice([Passed(), Gone("other")])
+            return _one_of(rng, [Passed(), Gone("other")])
         case _:
             raise AssertionError(command)
+
+
+def _one_of(rng: random.Random, events: list[Event]) -> Event:
+    return rng.choice(events)
 
 
 def disturbances(state: State, rng: random.Random) -> Event:
     """What may happen at any time, whatever the shard is doing."""
     want = Want(target="w2", target_sid="s2", target_lease=2, epoch_seen=rng.choice([epoch_led(state), 1]))
-    return rng.choice(
+    return _one_of(
+        rng,
         [
             Due(),
             Suspended(rng.random() < 0.5),
@@ -112,7 +117,7 @@ def disturbances(state: State, rng: random.Random) -> Event:
             FencedOff("newer"),
             Failed("run"),
             Won(epoch_led(state)) if epoch_led(state) else ClaimLost(),
-        ]
+        ],
     )
 
 
