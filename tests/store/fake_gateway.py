@@ -72,6 +72,7 @@ class FakeGateway:
 
     def __init__(self, version: str = "3.5.28") -> None:
         self.requests: list[Request] = []
+        self._news = asyncio.Event()  # set at each request, cleared by who waits
         self.closed_by_client = asyncio.Event()  # set when a client hangs up while a script still answers
         self.url = ""
         self._scripts: dict[str, Script] = {}
@@ -96,6 +97,12 @@ class FakeGateway:
 
     def asked(self, path: str) -> list[Request]:
         return [request for request in self.requests if request.path == path]
+
+    async def has_been_asked(self, path: str, count: int) -> None:
+        """Return once that path was asked so often."""
+        while len(self.asked(path)) < count:
+            self._news.clear()
+            await self._news.wait()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -131,6 +138,7 @@ class FakeGateway:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         request = Request(path, headers, orjson.loads(body) if body else None)
         self.requests.append(request)
+        self._news.set()
         script = self._scripts.get(path)
         if script is None:
             await Reply(writer).whole(b"Not Found\n", 404)
