@@ -23,14 +23,15 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final
 from urllib.parse import unquote_to_bytes
 
 import orjson
 from aiohttp import web
 
 from shardlead.core.contract import IDEMPOTENCY_KEY
-from shardlead.fencing import Lead, SqliteFence, Transaction
+from shardlead.fencing import SqliteFence, Transaction
+from shardlead.worker.leadership import Leadership
 
 DATABASE_VARIABLE: Final = "SHARDLEAD_DEMO_DB"
 DATABASE_DEFAULT: Final = "./counters.sqlite3"
@@ -64,13 +65,6 @@ _PRUNE: Final = (
 )
 
 
-class NamedLead(Lead, Protocol):
-    """The leadership, as far as this service looks at it."""
-
-    @property
-    def worker(self) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Added:
     """What a POST came to: the answer's body, the counter's value in it, and whether an earlier call had added it."""
@@ -86,7 +80,7 @@ class CounterShard:
     fenced: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
 
-    def __init__(self, lead: NamedLead, fence: SqliteFence) -> None:
+    def __init__(self, lead: Leadership, fence: SqliteFence) -> None:
         self._lead = lead
         self._fence = fence
         self._values: dict[str, int] = {}
@@ -164,7 +158,7 @@ class CounterFactory:
     fenced: ClassVar[bool] = CounterShard.fenced
     idempotent: ClassVar[bool] = CounterShard.idempotent
 
-    def __call__(self, lead: NamedLead) -> CounterShard:
+    def __call__(self, lead: Leadership) -> CounterShard:
         return CounterShard(lead, self.fence)
 
 
