@@ -130,7 +130,8 @@ class LocalCluster:
         self.events = EventLog()
         self._counts = (workers, routers, controllers)
         self._store_kind, self._etcd = store, etcd
-        self._environment = dict(environment or {})
+        self.environment = dict(environment or {})
+        """What was added to the processes' environment."""
         self._folder = folder
         self._ready_timeout_s = ready_timeout_s
         self._started = 0
@@ -138,7 +139,8 @@ class LocalCluster:
         self._listening: asyncio.Task[None] | None = None
         self._exit = contextlib.AsyncExitStack()
         self._maybe_processes: Processes | None = None
-        self._session: aiohttp.ClientSession
+        self.session: aiohttp.ClientSession
+        """For requests of one's own, open as long as the block lasts."""
 
     # --- the block
 
@@ -165,13 +167,13 @@ class LocalCluster:
                     tempfile.TemporaryDirectory(prefix="shardlead-test-", ignore_cleanup_errors=True)
                 )
             )
-        environment = {"SHARDLEAD_DEMO_DB": str(self._folder / "counters.sqlite3"), **self._environment}
+        environment = {"SHARDLEAD_DEMO_DB": str(self._folder / "counters.sqlite3"), **self.environment}
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self._maybe_processes = await self._exit.enter_async_context(
             Processes(logs, environment=environment, is_hermetic=True)
         )
-        self._session = await self._exit.enter_async_context(aiohttp.ClientSession())
+        self.session = await self._exit.enter_async_context(aiohttp.ClientSession())
         self._exit.push_async_callback(self._stop_listening)
         await self._start_store()
         workers, routers, controllers = self._counts
@@ -218,6 +220,10 @@ class LocalCluster:
     async def add_router(self, settings: Mapping[str, object] | None = None) -> Process:
         """Start one router more and return once it is up."""
         return await self._start_role("router", len(self.routers) + 1, settings)
+
+    async def add_controller(self) -> Process:
+        """Start one lone controller more and return once it is up."""
+        return await self._start_role("controller", len(self.controllers) + 1)
 
     async def restart(self, name: str) -> WorkerProcess:
         """Stop a worker gracefully and start it again under its name. Raises ProcessFailed unless it exits with 0."""
@@ -269,7 +275,7 @@ class LocalCluster:
         """Who leads what, as the first living router sees it."""
         routers = [router for router in self.routers if router.is_running]
         assert routers, "no router runs"
-        return await read_map(self._session, routers[0].admin)
+        return await read_map(self.session, routers[0].admin)
 
     async def leaders(self) -> dict[int, str]:
         """The worker that leads each shard; shards without a leader are missing."""
@@ -277,7 +283,7 @@ class LocalCluster:
 
     async def controller(self) -> str:
         """The worker or controller that holds the controller's seat; "" if nobody does."""
-        value = await read_key(self._session, self.store_url, f"/{self.name}/seat")
+        value = await read_key(self.session, self.store_url, f"/{self.name}/seat")
         return "" if value is None else str(orjson.loads(value)["worker"])
 
     async def wait_led(self, timeout_s: float) -> ClusterMap:
@@ -287,6 +293,24 @@ class LocalCluster:
     async def wait_even(self, timeout_s: float) -> ClusterMap:
         """Returns once every shard has a leader and leadership is even within one over the living workers."""
         return await self._wait_map(lambda seen: seen.is_led and seen.spread <= 1, "even", timeout_s)
+
+    async def wait_planned(self, timeout_s: float) -> None:
+        """Returns once every shard's leader is the one that the controller wants, and has successors. Raises
+        ProcessFailed. `shardlead shards --json` is asked."""
+        rows: list[dict[str, Any]] = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    _, out, _ = await self.command("shards", "--json")
+                    rows = orjson.loads(out or b"[]")
+                    if rows and all(row["leader"] == row["assigned"] and row["successors"] for row in rows):
+                        return
+                    await asyncio.sleep(_POLL_S * 10)
+        except TimeoutError:
+            wrong = [row for row in rows if row["leader"] != row["assigned"] or not row["successors"]]
+            raise ProcessFailed(
+                "the cluster", f"was not as planned within {timeout_s:g} s: {len(wrong)} rows such as {wrong[:2]}", ""
+            ) from None
 
     async def wait_gone(self, name: str, timeout_s: float) -> ClusterMap:
         """Returns once the router no longer sees that worker."""
@@ -304,7 +328,7 @@ class LocalCluster:
             try:
                 async with asyncio.timeout(timeout_s):
                     while not is_ready:
-                        is_ready, answer = await is_admin_ready(self._session, process.admin)
+                        is_ready, answer = await is_admin_ready(self.session, process.admin)
                         if not is_ready:
                             await asyncio.sleep(_POLL_S)
             except TimeoutError:
@@ -388,7 +412,7 @@ class LocalCluster:
             router = next((router for router in self.routers if router.is_running), None)
             if router is not None:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    async for event in stream_events(self._session, router.admin):
+                    async for event in stream_events(self.session, router.admin):
                         self.events.add(event)
             await asyncio.sleep(_RECONNECT_S)
 

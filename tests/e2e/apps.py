@@ -1,0 +1,96 @@
+"""Applications that the end-to-end tests run: slow ones, unfenced ones, broken ones.
+
+They are steered by files in the folder that SHARDLEAD_TEST_FOLDER names, so that a test can hold a worker at a step:
+while `hold-open-<worker>` exists its objects do not open, while `hold-handle-<worker>` exists its requests wait.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+from shardlead.worker.leadership import Leadership
+
+FOLDER_VARIABLE = "SHARDLEAD_TEST_FOLDER"
+POLL_S = 0.01
+
+
+def _folder() -> Path:
+    return Path(os.environ[FOLDER_VARIABLE])
+
+
+async def _held(name: str) -> None:
+    path = _folder() / name
+    while path.exists():  # noqa: ASYNC110 - another process removes the file and sets no event
+        await asyncio.sleep(POLL_S)
+
+
+class Slow:
+    """Opens and answers when it is let; says who it is."""
+
+    fenced = True
+    idempotent = False
+
+    def __init__(self, lead: Leadership) -> None:
+        self.lead = lead
+        self.opened_s = 0.0
+
+    async def open(self) -> None:
+        await _held(f"hold-open-{self.lead.worker}")
+        self.opened_s = time.time()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        await request.read()
+        (_folder() / f"handling-{self.lead.worker}").touch()
+        await _held(f"hold-handle-{self.lead.worker}")
+        lead = self.lead
+        return web.json_response(
+            {"shard": lead.shard, "epoch": lead.epoch, "worker": lead.worker, "opened_s": self.opened_s}
+        )
+
+    async def run(self) -> None:
+        await self.lead.draining.wait()
+        (_folder() / f"draining-{self.lead.worker}-{self.lead.shard}").touch()
+
+    async def close(self) -> None:
+        (_folder() / f"closed-{self.lead.worker}-{self.lead.shard}").touch()
+
+
+class Unfenced(Slow):
+    """Work that nothing at the resource refuses."""
+
+    fenced = False
+
+
+class Raises(Slow):
+    """Its `handle` raises for the path /raise; everything else is answered."""
+
+    async def handle(self, request: web.Request) -> web.Response:
+        if request.path.endswith("/raise"):
+            raise RuntimeError("this request is more than I can bear")
+        return await super().handle(request)
+
+
+class OpenRaises(Slow):
+    """Cannot open any shard but those of an even number."""
+
+    async def open(self) -> None:
+        if self.lead.shard % 2:
+            raise RuntimeError("no such volume")
+
+
+class OpenHangs(Slow):
+    """Never opens shards of an odd number."""
+
+    async def open(self) -> None:
+        if self.lead.shard % 2:
+            await asyncio.Event().wait()
+
+
+class BadImport:
+    """Cannot be made at all: it takes no leadership."""
+
+    def __init__(self) -> None:
+        raise NotImplementedError
