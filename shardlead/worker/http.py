@@ -249,7 +249,7 @@ class Front:
                 await gate.write_continue()
             gate.guard(tenure.lead, self._settings.handle_need_s, lambda: tenure.tunnels.add(gate))
             response = await self._handle(request, tenure)
-            await self._send(response, request)
+            await self._send(response, request, gate)
             self._outcomes["answered"].inc()
             return _Sent(keep_alive=bool(response.keep_alive))
         except (AnswerCut, LeadershipError) as exc:
@@ -288,9 +288,12 @@ class Front:
             raise TypeError(f"handle must return an aiohttp response, not {response!r}")
         return response
 
-    async def _send(self, response: web.StreamResponse, request: web.Request) -> None:
+    async def _send(self, response: web.StreamResponse, request: web.Request, gate: Gate) -> None:
         """Write the application's answer; a streamed one has been written by the handler, all but its end."""
-        if not response.prepared:
+        if response.prepared:
+            if gate.is_cut or not gate.is_tunnel:
+                gate.check()  # the end of a stream may be no more than the connection's, which no writer sees
+        else:
             if self._is_leaving:
                 response.force_close()
             await response.prepare(request)
