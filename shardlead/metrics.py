@@ -7,10 +7,14 @@ What only has to be right when somebody looks (seconds left, the view's age) is 
 `metrics.lease_remaining.set_function(...)`.
 """
 
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 REQUEST_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STEP_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -159,64 +163,123 @@ class WorkerMetrics:
             self.session_state.labels(each).set(each == state)
 
 
-class RouterMetrics:
-    """A router's requests, from both sides. Children that the request path touches are bound once."""
+class Durations(Protocol):
+    """How long something took, as plain numbers: a count for each bucket, one more beyond the last, and the sum."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "shardlead_router_requests_total",
+    @property
+    def buckets_s(self) -> Sequence[float]: ...
+    @property
+    def counts(self) -> Sequence[int]: ...
+    @property
+    def sum_s(self) -> float: ...
+
+
+class RouterCounts(Protocol):
+    """A router's figures as its request path keeps them: plain numbers, read when somebody looks."""
+
+    @property
+    def answered(self) -> int: ...
+    @property
+    def others(self) -> Mapping[str, int]: ...
+    @property
+    def resent(self) -> Mapping[str, int]: ...
+    @property
+    def refused(self) -> Mapping[str, int]: ...
+    @property
+    def connects(self) -> Mapping[str, int]: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def kept_bytes(self) -> int: ...
+    @property
+    def client_connections(self) -> int: ...
+    @property
+    def tunnels(self) -> int: ...
+    @property
+    def request_durations(self) -> Durations: ...
+    @property
+    def hold_durations(self) -> Durations: ...
+
+
+class RouterMetrics(Collector):
+    """A router's requests, from both sides. (A prometheus child costs a microsecond or two a touch, and a request
+    touches several, so the router counts in plain numbers and this reads them.)"""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        counts: RouterCounts,
+        upstream_connections: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        """`upstream_connections` gives how many connections to workers are busy and idle."""
+        self._counts = counts
+        self._upstream_connections = upstream_connections
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield _counter(
+            "shardlead_router_requests",
             "Requests by outcome: answered, bad-request, not-led, overloaded, not-ready, outcome-unknown, "
             "upstream-failed, too-large, timed-out, client-gone.",
-            ["outcome"],
-            registry=registry,
+            "outcome",
+            {"answered": counts.answered, **counts.others},
         )
-        self.answered = self.requests.labels("answered")
-        self.request_duration = Histogram(
+        yield _counter(
+            "shardlead_router_resent", "Requests sent again: refused, unsent, safe or idempotent.", "why", counts.resent
+        )
+        yield _counter(
+            "shardlead_router_refused",
+            "Refusals by workers: stale, draining, unknown or suspended.",
+            "reason",
+            counts.refused,
+        )
+        yield _counter(
+            "shardlead_router_upstream_connects",
+            "Connections to workers made: connected, failed or timed-out.",
+            "result",
+            counts.connects,
+        )
+        yield _histogram(
             "shardlead_router_request_duration_seconds",
             "From a request's head to the end of its answer, time on hold included.",
-            buckets=REQUEST_BUCKETS_S,
-            registry=registry,
+            counts.request_durations,
         )
-        self.held = Gauge(
-            "shardlead_router_requests_held", "Requests that wait for their shard's leader.", registry=registry
+        yield _histogram(
+            "shardlead_router_hold_duration_seconds", "How long held requests waited.", counts.hold_durations
         )
-        self.held_bytes = Gauge(
-            "shardlead_router_held_bytes", "Bytes of bodies kept to be sent again.", registry=registry
+        yield GaugeMetricFamily(
+            "shardlead_router_requests_held", "Requests that wait for their shard's leader.", counts.held
         )
-        self.hold_duration = Histogram(
-            "shardlead_router_hold_duration_seconds",
-            "How long held requests waited.",
-            buckets=STEP_BUCKETS_S,
-            registry=registry,
+        yield GaugeMetricFamily(
+            "shardlead_router_held_bytes", "Bytes of bodies kept to be sent again.", counts.kept_bytes
         )
-        self.resent = Counter(
-            "shardlead_router_resent_total",
-            "Requests sent again: refused, unsent, safe or idempotent.",
-            ["why"],
-            registry=registry,
+        yield GaugeMetricFamily(
+            "shardlead_router_client_connections", "Client connections open now.", counts.client_connections
         )
-        self.refused = Counter(
-            "shardlead_router_refused_total",
-            "Refusals by workers: stale, draining, unknown or suspended.",
-            ["reason"],
-            registry=registry,
-        )
-        self.client_connections = Gauge(
-            "shardlead_router_client_connections", "Client connections open now.", registry=registry
-        )
-        self.upstream_connections = Gauge(
+        yield GaugeMetricFamily("shardlead_router_tunnels", "Upgraded connections open now.", counts.tunnels)
+        upstream = GaugeMetricFamily(
             "shardlead_router_upstream_connections",
             "Connections to workers open now, by use: busy or idle.",
-            ["use"],
-            registry=registry,
+            labels=["use"],
         )
-        self.upstream_connects = Counter(
-            "shardlead_router_upstream_connects_total",
-            "Connections to workers made: connected, failed or timed-out.",
-            ["result"],
-            registry=registry,
-        )
-        self.tunnels = Gauge("shardlead_router_tunnels", "Upgraded connections open now.", registry=registry)
+        for use, number in zip(("busy", "idle"), self._upstream_connections(), strict=True):
+            upstream.add_metric([use], number)
+        yield upstream
+
+
+def _counter(name: str, text: str, label: str, numbers: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, number in numbers.items():
+        family.add_metric([value], number)
+    return family
+
+
+def _histogram(name: str, text: str, durations: Durations) -> Metric:
+    family = HistogramMetricFamily(name, text)
+    bounds = [*(f"{bound:g}" for bound in durations.buckets_s), "+Inf"]
+    family.add_metric([], list(zip(bounds, accumulate(durations.counts), strict=True)), durations.sum_s)
+    return family
 
 
 class ControllerMetrics:

@@ -15,7 +15,7 @@ Law: a slow listener of /v1/events is cut off after EVENTS_WAITING_MAX lines; it
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,12 +47,15 @@ class Window:
     subscribe: Callable[[Callable[[Delta], None]], Callable[[], None]]
     age_s: Callable[[], float]
     is_fresh: Callable[[], bool]
+    open: Callable[[], Awaitable[object]] | None = None
+    """Awaited before a first look, where a process follows the map only if somebody wants to see it."""
 
 
 class AdminServer:
     """One role's admin server: `start`, then `close`.
 
-    `live` and `ready` return "" for yes, else the reason why not. Without a `window` there is no map (404).
+    `live` and `ready` return "" for yes, else the reason why not; `note` what is to be known though the answer is yes
+    (a router that goes on with its last view). Without a `window` there is no map (404).
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AdminServer:
         clock: Clock,
         live: Callable[[], str] = _good,
         ready: Callable[[], str] = _good,
+        note: Callable[[], str] = _good,
         window: Window | None = None,
     ) -> None:
         self._settings = settings
@@ -74,6 +78,7 @@ class AdminServer:
         self._clock = clock
         self._live = live
         self._ready = ready
+        self._note = note
         self._window = window
         self._runner: web.AppRunner | None = None
         self._listeners: set[asyncio.Task[Any]] = set()
@@ -133,28 +138,27 @@ class AdminServer:
         return self._judged("ready", self._ready() or self._live())
 
     def _judged(self, what: str, reason: str) -> web.Response:
-        page = {what: not reason, "reason": reason or None, "role": self._role, "name": self._name}
+        page = {
+            what: not reason,
+            "reason": reason or None,
+            "note": self._note() or None,
+            "role": self._role,
+            "name": self._name,
+        }
         return _json(page, status=503 if reason else 200)
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _map(self, _request: web.Request) -> web.Response:
-        if self._window is None:
-            raise web.HTTPNotFound
+        window = await self._opened_window()
         page = map_page(
-            self._window.shard_map(),
-            role=self._role,
-            name=self._name,
-            age_s=self._window.age_s(),
-            is_fresh=self._window.is_fresh(),
+            window.shard_map(), role=self._role, name=self._name, age_s=window.age_s(), is_fresh=window.is_fresh()
         )
         return _json(page)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        window = self._window
-        if window is None:
-            raise web.HTTPNotFound
+        window = await self._opened_window()
         answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         waiting: deque[bytes] = deque()
         wake = asyncio.Event()
@@ -185,6 +189,13 @@ class AdminServer:
             unsubscribe()
             self._listeners.discard(task)
         return answer
+
+    async def _opened_window(self) -> Window:
+        if self._window is None:
+            raise web.HTTPNotFound
+        if self._window.open is not None:
+            await self._window.open()
+        return self._window
 
 
 PAGES: Final = ("/livez", "/readyz", "/metrics", "/v1/map", "/v1/events")

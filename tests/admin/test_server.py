@@ -19,7 +19,7 @@ from shardlead.config import AdminSettings
 from shardlead.core.keyspace import Place
 from shardlead.core.model import LeaderRecord, WorkerRecord
 from shardlead.core.shardmap import Delta, Fact, ShardMap
-from shardlead.metrics import RouterMetrics, new_registry
+from shardlead.metrics import ControllerMetrics, new_registry
 
 TIMEOUT_S = 10.0
 
@@ -65,7 +65,7 @@ def led(shard: int, name: str, sid: str, revision: int) -> Fact:
 @asynccontextmanager
 async def serving(scene: Scene, *, port: int = 0) -> AsyncIterator[tuple[AdminServer, aiohttp.ClientSession, str]]:
     registry = new_registry("router", "1.2.3")
-    RouterMetrics(registry).answered.inc(3)
+    ControllerMetrics(registry).moves.labels("evenness").inc(3)
     admin = AdminServer(
         AdminSettings(port=port),
         role="router",
@@ -106,7 +106,7 @@ def test_metrics_are_prometheus_text() -> None:
     async def main() -> None:
         async with serving(Scene()) as (_, session, url), session.get(f"{url}/metrics") as answer:
             text = await answer.text()
-            assert 'shardlead_router_requests_total{outcome="answered"} 3.0' in text
+            assert 'shardlead_controller_moves_total{reason="evenness"} 3.0' in text
             assert 'shardlead_build_info{role="router",version="1.2.3"} 1.0' in text
             assert answer.headers["Content-Type"].startswith("text/plain")
 
