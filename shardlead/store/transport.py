@@ -5,6 +5,7 @@ whether a byte of the request may have left; everything above decides from that 
 """
 
 import asyncio
+import io
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from shardlead.config import StoreSettings
 from shardlead.errors import ConfigError, Problem
 
 RENEWAL_CONNECTIONS_MAX: Final = 2  # per endpoint: one stuck, one that goes on
+BYTES_AT_ONCE_MAX: Final = 1_048_576  # larger bodies (a ring of 32,768 shards) go in pieces, or aiohttp warns
 CALL_CONNECTIONS_MAX: Final = 64  # per endpoint; a call that waits for one has not been sent
 
 
@@ -102,7 +104,11 @@ class HttpTransport:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session(channel).post(
-                    endpoint + path, data=body, headers=headers, trace_request_ctx=progress, allow_redirects=False
+                    endpoint + path,
+                    data=_payload(body),
+                    headers=headers,
+                    trace_request_ctx=progress,
+                    allow_redirects=False,
                 ) as response,
             ):
                 return Answer(response.status, await response.read())
@@ -118,7 +124,11 @@ class HttpTransport:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._session(Channel.WATCH).post(
-                    endpoint + path, data=body, headers=headers, trace_request_ctx=progress, allow_redirects=False
+                    endpoint + path,
+                    data=_payload(body),
+                    headers=headers,
+                    trace_request_ctx=progress,
+                    allow_redirects=False,
                 )
         except TimeoutError as exc:
             raise TransportError(_late(progress, timeout_s), is_sent=progress.has_connection) from exc
@@ -213,3 +223,7 @@ def _ssl_context(settings: StoreSettings) -> ssl.SSLContext | None:
             allowed = f"a readable PEM certificate with its key in store.key_file ({exc})"
             raise ConfigError([Problem("store", "store.cert_file", settings.cert_file, allowed)]) from exc
     return context
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    return body if len(body) <= BYTES_AT_ONCE_MAX else io.BytesIO(body)
