@@ -14,7 +14,7 @@ import logging
 import select
 import socket
 from collections import deque
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import httptools
 
@@ -118,8 +118,7 @@ class Upstream(asyncio.Protocol):
     # --- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         raw: socket.socket | None = transport.get_extra_info("socket")
         if raw is not None:
