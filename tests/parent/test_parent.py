@@ -361,11 +361,14 @@ def refusing_url() -> Iterator[str]:
 
 
 def test_endpoints_are_asked_in_turn(stage: Stage, store: Registry, silent_url: str, refusing_url: str) -> None:
-    """One that refuses, one that says nothing and one that is no URL cost little; the next one is asked."""
+    """One that refuses, one that says nothing and one that is no URL cost little: less than a try's time-out."""
     dead = ("ftp:nonsense", refusing_url, silent_url)
     family = stage.start(Plan(endpoints=(store.url,), dead_endpoints=dead, end="kill"))
     assert family.end() == 128 + signal.SIGKILL
     assert not store.is_alive(family.facts.leases[0])
+    took_ms = re.search(r"revoked in (\d+) ms", family.last_words())
+    assert took_ms is not None
+    assert int(took_ms[1]) < 1_000 * parent.TRY_TIMEOUT_S
 
 
 def test_a_store_that_never_answers_delays_the_end_by_no_more_than_said(
