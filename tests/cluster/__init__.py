@@ -1,0 +1,1 @@
+"""Sessions, elections and letters, against real stores."""
