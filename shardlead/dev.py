@@ -59,6 +59,12 @@ READY_TIMEOUT_S: Final = 20.0
 LED_TIMEOUT_S: Final = 20.0
 ROUTER_STOP_S: Final = 10.0
 WORKER_STOP_S: Final = 15.0
+WORKER_TIMES: Final = {  # Ctrl-C is answered within WORKER_STOP_S
+    "worker.drain_timeout_s": 5,
+    "worker.close_timeout_s": 3,
+    "worker.linger_s": 2,
+    "worker.shutdown_timeout_s": 12,
+}
 STORE_STOP_S: Final = 5.0
 QUIET_S: Final = 0.25  # changes closer together than this are told together
 TOLD_AFTER_S: Final = 1.5  # but no later than this
@@ -198,8 +204,8 @@ class Console:
             print(text, file=self._out, flush=True)
 
     def event(self, wall_s: float, text: str, *, colour: str = "") -> None:
-        """One line with the time of day before it."""
-        at = time.strftime("%H:%M:%S", time.localtime(wall_s))
+        """One line with the time of day before it, in UTC as in the log lines that stand between."""
+        at = time.strftime("%H:%M:%S", time.gmtime(wall_s))
         self.line(f"{self.dim(at)}  {self._paint(colour, text) if colour else text}")
 
     def bold(self, text: str) -> str:
@@ -325,7 +331,7 @@ class _Dev:
         )
 
     async def _start_worker(self, name: str) -> None:
-        own = {"worker.name": name, "worker.port": 0, "worker.shutdown_timeout_s": 10}
+        own = {"worker.name": name, "worker.port": 0, **WORKER_TIMES}
         command = shardlead_command("worker", self.options.app, *self._settings(own))
         worker = await self.processes.start(name, command, is_worker=True)
         assert isinstance(worker, WorkerProcess)
@@ -434,8 +440,8 @@ class _Dev:
             self._events_file.flush()
 
     def _show_output(self, name: str, line: str) -> None:
-        is_etcd = name == "etcd" and not self.options.is_verbose  # it warns about things that are as they should be
-        if not is_etcd and not self._is_hasty:
+        is_store = name in ("store", "etcd")  # it warns of what is as it should be here: one member, in memory
+        if (self.options.is_verbose or not is_store) and not self._is_hasty:
             self.console.line(f"{self.console.dim(f'{name} |')} {line}")
 
     # --- stopping
@@ -475,7 +481,8 @@ class _Dev:
             self.console.line(f"{process.name} did not stop within {time_s:g} s: killed")
             self.exit_code = 1
             return
-        if code != 0 and process in self.workers and process.was_asked and not self._is_hasty:
+        is_ours_to_tell = process in self.workers and process.was_asked and process.is_ready and not self._is_hasty
+        if code != 0 and is_ours_to_tell:
             self.console.line(f"{process.name} ended with {_how(code)}")
             self.exit_code = 1
 

@@ -98,6 +98,11 @@ class Process:
         return self.returncode is None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it has said that it serves."""
+        return self._ready.done()
+
+    @property
     def ready(self) -> Ready:
         """What it said when it was up. Raises AssertionError before."""
         assert self._ready.done(), f"{self.name} is not ready"

@@ -1,0 +1,229 @@
+"""`shardlead dev`, as a new user meets it: one command, a working cluster, nothing left behind."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from shardlead import watchdog
+from shardlead.processes import free_port
+from tests.support.load import settled
+
+READY_S = 30
+STOP_S = 40
+
+
+class Terminal:
+    """One `shardlead dev` in a terminal of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, environment: Mapping[str, str]) -> None:
+        self.process, self.port, self.environment = process, port, environment
+        self.lines: list[str] = []
+        self.url = f"http://127.0.0.1:{port}"
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        while line := await self.process.stdout.readline():
+            self.lines.append(line.decode().rstrip("\n"))
+
+    async def shows(self, text: str, timeout_s: float = READY_S) -> None:
+        try:
+            await settled(lambda: text in self.text or self.process.returncode is not None, timeout_s=timeout_s)
+        except TimeoutError:
+            raise AssertionError(f"{text!r} is not in:\n{self.text}") from None
+        assert text in self.text, f"ended with {self.process.returncode}:\n{self.text}"
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(STOP_S):
+            await self._reading
+            return await self.process.wait()
+
+    def members(self) -> set[int]:
+        """All processes of this cluster."""
+        return watchdog.members([self.process.pid])
+
+
+@contextlib.asynccontextmanager
+async def dev(folder: Path, *words: str, port: int | None = None) -> AsyncIterator[Terminal]:
+    """Start it, wait until it welcomes, end it whatever happens."""
+    port = free_port() if port is None else port
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder / "run"), "XDG_CACHE_HOME": str(folder / "cache")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "shardlead", "dev", "--port", str(port), *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    terminal = Terminal(process, port, environment)
+    family: set[int] = set()
+    try:
+        await terminal.shows("Ctrl-C stops everything")
+        family = terminal.members()
+        yield terminal
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await terminal.ended()
+    left = family & {row.pid for row in watchdog.table() if row.state not in "ZX"}
+    assert not left, f"still running: {left}\n{terminal.text}"
+
+
+async def post(url: str, **options: Any) -> tuple[int, dict[str, Any]]:
+    async with aiohttp.ClientSession() as session, session.post(url, **options) as answer:
+        return answer.status, await answer.json(content_type=None)
+
+
+async def other_terminal(terminal: Terminal, folder: Path, *words: str) -> tuple[int, str, str]:
+    """`shardlead WORDS…` typed elsewhere."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "shardlead", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=terminal.environment,
+        cwd=folder,
+    )
+    async with asyncio.timeout(20):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.mark.parametrize("store", ["embedded", pytest.param("etcd", marks=pytest.mark.etcd)])
+def test_one_command_gives_a_working_cluster(tmp_path: Path, store: str) -> None:
+    """What it prints to try works; other commands find it from any directory; a crash is told as it happens; Ctrl-C
+    ends it with 0 and leaves nothing running."""
+
+    async def story() -> None:
+        events = tmp_path / "events.jsonl"
+        words = ["--json-events", str(events), *(["--etcd"] if store == "etcd" else [])]
+        async with dev(tmp_path, *words) as terminal:
+            assert await post(f"{terminal.url}/counters/alice") == (200, ANY({"name": "alice", "value": 1}))
+            assert await post(f"{terminal.url}/counters/alice") == (200, ANY({"name": "alice", "value": 2}))
+
+            code, out, err = await other_terminal(terminal, tmp_path, "workers", "--json")
+            assert (code, err) == (0, "")
+            rows = orjson.loads(out)
+            assert [row["name"] for row in rows] == ["w1", "w2", "w3"]
+            assert sum(row["shards"] for row in rows) == 64
+
+            victim = rows[0]
+            assert f"kill -9 {victim['pid']}" in terminal.text
+            os.kill(victim["pid"], signal.SIGKILL)
+            await terminal.shows("w1 died (signal 9 (SIGKILL))")
+            await terminal.shows("(w1 died)")
+            assert (await post(f"{terminal.url}/counters/alice"))[1]["value"] == 3
+
+            terminal.process.send_signal(signal.SIGINT)
+            assert await terminal.ended() == 0, terminal.text
+            assert "Traceback" not in terminal.text
+            lines = [orjson.loads(line) for line in events.read_text().splitlines()]
+            assert {"leader", "worker", "process"} <= {line["event"] for line in lines}
+        code, _, err = await other_terminal(terminal, tmp_path, "workers", "--set", "store.call_timeout_s=1")
+        assert code == 1, "no dev cluster is found any more"
+
+    asyncio.run(story())
+
+
+class ANY(dict[str, Any]):
+    """Equal to every mapping that has at least these items."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and self.items() <= other.items()
+
+    __hash__ = None
+
+
+def test_counts_outlive_the_command_in_a_data_folder(tmp_path: Path) -> None:
+    """A second start with --data continues the counts, under larger epochs."""
+    data = ("--data", str(tmp_path / "data"), "--workers", "1", "--for", "600", "--shards", "8")
+
+    async def one_life() -> dict[str, Any]:
+        async with dev(tmp_path, *data) as terminal:
+            status, body = await post(f"{terminal.url}/counters/bob")
+            assert status == 200, body
+            terminal.process.send_signal(signal.SIGTERM)
+            assert await terminal.ended() == 0, terminal.text
+            return body
+
+    async def story() -> None:
+        first, second = await one_life(), await one_life()
+        assert (first["value"], second["value"]) == (1, 2)
+        assert second["epoch"] > first["epoch"]
+        assert second["shard"] == first["shard"]
+
+    asyncio.run(story())
+
+
+def test_it_stops_by_itself(tmp_path: Path) -> None:
+    """--for SECONDS ends it like Ctrl-C."""
+
+    async def story() -> None:
+        async with dev(tmp_path, "--for", "1", "--workers", "1") as terminal:
+            assert await terminal.ended() == 0, terminal.text
+            assert terminal.lines[-1].startswith("stopped")
+
+    asyncio.run(story())
+
+
+def test_a_taken_port_starts_nothing(tmp_path: Path) -> None:
+    """The error names the port, the flag and who has it, and comes before anything is started."""
+
+    async def story() -> None:
+        async with dev(tmp_path, "--workers", "1") as terminal:
+            code, out, err = await other_terminal(terminal, tmp_path, "dev", "--port", str(terminal.port))
+            assert code == 1
+            assert out == ""
+            assert re.search(rf"port {terminal.port} is taken.*shardlead dev.*--port", err)
+            terminal.process.send_signal(signal.SIGTERM)
+            assert await terminal.ended() == 0
+
+    asyncio.run(story())
+
+
+def test_a_killed_dev_leaves_nothing_running(tmp_path: Path) -> None:
+    """kill -9 on the command itself: all its processes end, and the next command does not see it any more."""
+
+    async def story() -> None:
+        async with dev(tmp_path, "--workers", "2") as terminal:
+            family = terminal.members()
+            assert len(family) > 6, "dev, its watchdog, store, router, two workers and their parents"
+            terminal.process.kill()
+            await terminal.ended()
+            await settled(
+                lambda: not family & {row.pid for row in watchdog.table() if row.state not in "ZX"}, timeout_s=10
+            )
+
+    asyncio.run(story())
+
+
+def test_an_application_that_cannot_run_is_told(tmp_path: Path) -> None:
+    """A worker that cannot start ends the command with 1 and the worker's own words."""
+
+    async def story() -> None:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shardlead", "dev", "--port", "0", "--app", "no.such:Thing"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=tmp_path,
+        )
+        async with asyncio.timeout(STOP_S):
+            out, _ = await process.communicate()
+        assert process.returncode == 1
+        assert "no.such" in out.decode()
+
+    asyncio.run(story())
