@@ -28,6 +28,8 @@ from shardlead.core.contract import RESERVED_PREFIX
 from shardlead.worker.leadership import Leadership
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_RESERVED: Final = len(RESERVED_PREFIX)
+_STATUS_AT: Final = len("HTTP/1.1 ")
 _GOING_AWAY: Final = b"\x88\x02\x03\xe9"  # an unmasked WebSocket close frame, code 1001
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
 
@@ -44,11 +46,11 @@ class AnswerCut(ConnectionResetError):
 class Gate:
     """One request's way out: open for the runtime's own answers, guarded while the application answers, then cut.
 
+    The guarded objects know their gate, and it does not know them: without a cycle a request's memory is free at once.
     Not promised: that bytes which passed were received; the kernel or the peer may still drop them.
     """
 
     __slots__ = (
-        "_guarded",
         "_is_over",
         "_is_websocket",
         "_lead",
@@ -58,7 +60,6 @@ class Gate:
         "_on_tunnel",
         "_payload",
         "_protocol",
-        "_transport",
         "has_begun",
         "is_cut",
         "is_tunnel",
@@ -75,11 +76,9 @@ class Gate:
         self._payload = payload
         self._protocol = protocol
         self._loop = loop
-        self._guarded = cast(web.RequestHandler, _GuardedProtocol(self, protocol))
-        self._transport: _GuardedTransport | None = None
         self._lead: Leadership | None = None
         self._need_s = 0.0
-        self._on_tunnel: Callable[[], None] | None = None
+        self._on_tunnel: Callable[[Gate], object] | None = None
         self.has_begun = False  # a byte of the application's answer may have left
         self.is_cut = False
         self.is_tunnel = False
@@ -96,27 +95,12 @@ class Gate:
         transport = self._protocol.transport
         return transport is not None and not transport.is_closing()
 
-    @property
-    def transport(self) -> asyncio.Transport | None:
-        """The connection's transport behind this gate; None once the connection is lost."""
-        inner = self._protocol.transport
-        if inner is None:
-            return None
-        if self._transport is None:
-            self._transport = _GuardedTransport(self, inner)
-        return self._transport
-
     def request(self, task: "asyncio.Task[None]", *, body_bytes_max: int) -> web.Request:
         """The request as the application sees it, with this gate before everything it can send by."""
-        writer = GuardedWriter(self, self._guarded, self._loop)
+        protocol = cast(web.RequestHandler, _GuardedProtocol(self, self._protocol))
+        writer = GuardedWriter(self, protocol, self._loop)
         return web.Request(
-            self._message,
-            self._payload,
-            self._guarded,
-            writer,
-            task,
-            self._loop,
-            client_max_size=body_bytes_max,
+            self._message, self._payload, protocol, writer, task, self._loop, client_max_size=body_bytes_max
         )
 
     def own_request(self, task: "asyncio.Task[None]") -> web.Request:
@@ -129,8 +113,8 @@ class Gate:
         """Tell the peer to send the body it has announced."""
         await StreamWriter(self._protocol, self._loop).write(_CONTINUE)
 
-    def guard(self, lead: Leadership, need_s: float, on_tunnel: Callable[[], None]) -> None:
-        """From here on the application answers; `on_tunnel` is called when it upgrades the connection."""
+    def guard(self, lead: Leadership, need_s: float, on_tunnel: Callable[["Gate"], object]) -> None:
+        """From here on the application answers; `on_tunnel` is called with this gate if it upgrades the connection."""
         self._lead, self._need_s, self._on_tunnel = lead, need_s, on_tunnel
 
     def check(self) -> None:
@@ -162,16 +146,15 @@ class Gate:
         """The application hands over the head of its answer; its `Shardlead-*` headers stay here."""
         if self._lead is None:
             return
-        self.check()
         if self.has_begun:
             raise RuntimeError("a second answer to one request")
-        for name in [name for name in headers if name.lower().startswith(RESERVED_PREFIX)]:
+        for name in [name for name in headers if name[:_RESERVED].lower() == RESERVED_PREFIX]:
             headers.popall(name, None)
-        if status_line.split(" ", 2)[1] == "101":
+        if status_line.startswith("101", _STATUS_AT):
             self.is_tunnel = True
             self._is_websocket = headers.get("Upgrade", "").lower() == "websocket"
             if self._on_tunnel is not None:
-                self._on_tunnel()
+                self._on_tunnel(self)
 
     def close(self) -> None:
         """Send what has passed, then close the connection, whatever the peer still sends.
@@ -215,15 +198,21 @@ class GuardedWriter(StreamWriter):
 class _GuardedProtocol:
     """aiohttp's connection as a request sees it: all of it, but its transport behind the gate."""
 
-    __slots__ = ("_gate", "_protocol")
+    __slots__ = ("_gate", "_protocol", "_transport")
 
     def __init__(self, gate: Gate, protocol: web.RequestHandler) -> None:
         self._gate = gate
         self._protocol = protocol
+        self._transport: _GuardedTransport | None = None
 
     @property
     def transport(self) -> asyncio.Transport | None:
-        return self._gate.transport
+        inner = self._protocol.transport
+        if inner is None:  # the connection is lost
+            return None
+        if self._transport is None:
+            self._transport = _GuardedTransport(self._gate, inner)
+        return self._transport
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._protocol, name)

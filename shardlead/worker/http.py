@@ -49,6 +49,8 @@ CLOSE_TIMEOUT_S: Final = 1.0  # for answers still under way when the server clos
 _KEY: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})+")  # visible ASCII; each % begins an escape
 _NUMBER: Final = re.compile(r"[0-9]{1,16}")  # an epoch is below 2**53
 
+_NONE: Final[list[str]] = []
+
 _ROUTER_HINT: Final = (
     "this is a worker: it takes requests from a shardlead router or the smart client, which say shard and epoch in "
     "Shardlead-* headers. Send yours to the router's port."
@@ -82,10 +84,12 @@ class Front:
         self._clock = clock
         self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in _OUTCOMES}
         self._duration = metrics.request_duration
-        self._running = metrics.requests_running
-        self._parked_gauge = metrics.requests_parked
         self._failures = metrics.application_failures.labels("handle")
+        self._running = 0
         self._parked = 0
+        metrics.requests_running.set_function(lambda: self._running)
+        metrics.requests_parked.set_function(lambda: self._parked)
+        self._sent, self._sent_last = _Sent(keep_alive=True), _Sent(keep_alive=False)
         self._is_leaving = False
         self._is_mismatch_logged = False
         self._server: _Server | None = None
@@ -185,7 +189,7 @@ class Front:
             verdict = await self._park(call)
             if not gate.is_connected:  # nobody waits for this any more: do not begin it
                 self._outcomes["cancelled"].inc()
-                return _Sent(keep_alive=False)
+                return self._sent_last
         match verdict:
             case Admitted(tenure=tenure):
                 return await self._serve(request, gate, tenure, call)
@@ -198,7 +202,9 @@ class Front:
     def _read(self, request: web.Request) -> Call:
         """The router's words, checked against the body's limits and this cluster's ring. Raises RequestError."""
         headers = request.headers
-        shard, epoch, key = (headers.getall(name, []) for name in (contract.SHARD, contract.EPOCH, contract.KEY))
+        shard = headers.getall(contract.SHARD, _NONE)
+        epoch = headers.getall(contract.EPOCH, _NONE)
+        key = headers.getall(contract.KEY, _NONE)
         if not shard and not epoch and not key:
             raise RequestError(contract.Problem.BAD_REQUEST, _ROUTER_HINT)
         if len(shard) != 1 or len(epoch) != 1 or len(key) != 1:
@@ -224,7 +230,6 @@ class Front:
         if self._parked >= self._settings.parked_max:
             return turned_away
         self._parked += 1
-        self._parked_gauge.set(self._parked)
         try:
             async with asyncio.timeout(self._settings.park_timeout_s):
                 while isinstance(verdict := self._host.admission(call.shard, call.epoch), Parked):
@@ -234,7 +239,6 @@ class Front:
             return turned_away
         finally:
             self._parked -= 1
-            self._parked_gauge.set(self._parked)
 
     async def _serve(self, request: web.Request, gate: Gate, tenure: Tenure, call: Call) -> web.StreamResponse:
         """Let the application answer, inside its tenure, behind the gate."""
@@ -243,15 +247,13 @@ class Front:
         started_ns = self._clock.now_ns()
         fenced: Fenced | None = None
         tenure.enter(task)
-        self._running.inc()
+        self._running += 1
         try:
             if call.expects_continue:
                 await gate.write_continue()
-            gate.guard(tenure.lead, self._settings.handle_need_s, lambda: tenure.tunnels.add(gate))
+            gate.guard(tenure.lead, self._settings.handle_need_s, tenure.tunnels.add)
             response = await self._handle(request, tenure)
             await self._send(response, request, gate)
-            self._outcomes["answered"].inc()
-            return _Sent(keep_alive=bool(response.keep_alive))
         except (AnswerCut, LeadershipError) as exc:
             failure: Exception | None = None
             fenced = exc if isinstance(exc, Fenced) else None
@@ -267,8 +269,11 @@ class Front:
                 raise
         except Exception as exc:
             failure = exc
+        else:
+            self._outcomes["answered"].inc()
+            return self._sent if response.keep_alive else self._sent_last
         finally:
-            self._running.dec()
+            self._running -= 1
             tenure.leave(task)
             tenure.tunnels.discard(gate)
             gate.finish()
@@ -305,7 +310,7 @@ class Front:
         """The runtime's answer where the application's will not come: it failed, or its leadership ended."""
         if isinstance(failure, ConnectionError) and not gate.is_connected and not gate.is_cut:
             self._outcomes["cancelled"].inc()
-            return _Sent(keep_alive=False)
+            return self._sent_last
         facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
         if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
@@ -326,14 +331,14 @@ class Front:
         if gate.has_begun:
             _log.warning("answer reset", extra=facts)
             gate.reset()
-            return _Sent(keep_alive=False)
+            return self._sent_last
         if self._is_leaving or not request.content.is_eof():
             answer.force_close()
         own = gate.own_request(request.task)
         with suppress(ConnectionError):
             await answer.prepare(own)
             await answer.write_eof()
-        return _Sent(keep_alive=bool(answer.keep_alive))
+        return self._sent if answer.keep_alive else self._sent_last
 
     async def _refuse(self, request: web.Request, gate: Gate, answer: web.Response) -> web.StreamResponse:
         """Answer without the application, before it. A body that waits for a 100 is never asked for, nor read."""
@@ -346,7 +351,7 @@ class Front:
             await answer.prepare(request)
             await answer.write_eof()
         gate.close()
-        return _Sent(keep_alive=False)
+        return self._sent_last
 
     def _outcome_unknown(self, call: Call) -> web.Response:
         advice = (
@@ -368,7 +373,7 @@ class Front:
 
 
 class _Sent(web.StreamResponse):
-    """What aiohttp is given for an answer that has been written, or will not be."""
+    """What aiohttp is given for an answer that has been written, or will not be. It has no state: one serves all."""
 
     def __init__(self, *, keep_alive: bool) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,10 +307,21 @@ def test_the_guard_is_asked_when_the_bytes_leave_not_when_the_answer_is_made(loo
 
             @stage.on("/x")
             async def late(lead: Leadership, request: web.Request) -> web.StreamResponse:
-                stage.switch.off_after = stage.switch.asked + 1  # at the head it still holds, at the bytes no more
-                return await compressed(request)
+                class Ends(Executor):
+                    """Compresses in a thread; meanwhile the leadership ends."""
 
-            answer = await router.ask("POST", "/x", words() | {"Accept-Encoding": "gzip"}, b"1")
+                    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+                        stage.switch.is_on = False
+                        return pool.submit(function, *args, **kwargs)
+
+                response = web.Response(body=PIECE * 5_000, zlib_executor=Ends(), zlib_executor_size=1)
+                response.enable_compression(web.ContentCoding.gzip)
+                assert lead.is_valid()
+                return response
+
+            with ThreadPoolExecutor(1) as pool:
+                answer = await router.ask("POST", "/x", words() | {"Accept-Encoding": "gzip"}, b"1")
+            assert stage.switch.is_on is False
             assert (answer.status, answer.headers["shardlead-outcome"]) == (502, "unknown")
 
     play(loop, main())
