@@ -144,7 +144,12 @@ class SqliteFence:
         # A daemon, so that a disk which hangs cannot keep a process alive that has to end.
         self._thread = threading.Thread(target=self._main, args=(opened,), name="sqlite-fence", daemon=True)
         self._thread.start()
-        await opened  # bounded by the thread: OPEN_TRIES_MAX busy time-outs
+        try:
+            await opened  # bounded by the thread: OPEN_TRIES_MAX busy time-outs
+        except BaseException:  # cancelled, too: then the thread closes the file that it may still open
+            self._is_closing = True
+            self._jobs.put(None)
+            raise
         return self
 
     async def __aexit__(
