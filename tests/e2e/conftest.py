@@ -40,6 +40,8 @@ class Scene:
     cluster: LocalCluster
     runner: asyncio.Runner
     prefixes: Iterator[int] = field(default_factory=lambda: iter(range(1_000)))
+    moved: set[int] = field(default_factory=set)
+    """Shards that an operator's `move` holds at a worker."""
 
     def run(self, story: Coroutine[Any, Any, T]) -> T:
         """Play one test's story on the cluster's loop."""

@@ -50,8 +50,9 @@ async def key_on(scene: Scene, worker: str) -> tuple[str, dict[str, Any]]:
 
 
 async def begin_move(scene: Scene, shard: int, worker: str) -> None:
-    code, out, err = await scene.cluster.command("move", str(shard), worker)
+    code, out, err = await scene.cluster.command("move", str(shard), worker, "--wait", "0")
     assert code == 0, out + err
+    scene.moved.add(shard)
 
 
 async def served(scene: Scene, key: str) -> tuple[float, dict[str, Any]]:
@@ -65,6 +66,8 @@ async def served(scene: Scene, key: str) -> tuple[float, dict[str, Any]]:
 async def clean(scene: Scene) -> ClusterMap:
     for path in steps(scene).iterdir():
         path.unlink()
+    while scene.moved:  # or it would be moved again as soon as the target is back
+        await scene.cluster.command("unpin", str(scene.moved.pop()))
     return await scene.prepare(*TRIO)
 
 
