@@ -32,9 +32,9 @@ class Credentials:
         """Whether a refused token may be replaced by a better one."""
         return bool(self._username) and not self._is_auth_off
 
-    def forget(self, token: str) -> None:
-        """This token was refused. Of many calls that are told so at once, one gets a new one."""
-        if self.token == token:
+    def forget(self, headers: Mapping[str, str]) -> None:
+        """The token in these headers was refused. Of many calls that are told so at once, one gets a new one."""
+        if self.token == headers.get("Authorization"):
             self.token = ""
 
     async def authorized(self, headers: Mapping[str, str], endpoint: str, timeout_s: float) -> Mapping[str, str]:

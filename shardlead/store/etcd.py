@@ -278,10 +278,13 @@ class EtcdStore:
         budget = Budget(self._settings.call_timeout_s, len(self._endpoints), self._rng)
         has_new_token = False
         while True:
-            index, token = cursor.at, self._credentials.token
+            index = cursor.at
+            headers: Mapping[str, str] = gateway.WATCH_HEADERS
             refusal: Exception | None = None
+            timeout_s = max(0.0, min(self._settings.try_timeout_s, budget.left_s))
             try:
-                return await self._watch_attempted(index, body, budget.left_s)
+                headers = await self._credentials.authorized(headers, self._endpoints[index], timeout_s)
+                return await self._watch_attempted(self._endpoints[index], body, headers, timeout_s)
             except TransportError as exc:
                 reason = exc.reason
             except Faulted as exc:
@@ -303,17 +306,16 @@ class EtcdStore:
                         _raise_refusal(refusal.fault, 0)
                     raise refusal
                 has_new_token = True
-                self._credentials.forget(token)
+                self._credentials.forget(headers)
                 continue
             self._left(cursor, index, reason)
             if not await budget.has_another_try():
                 raise StoreUnavailable(reason, endpoint=self._endpoints[index])
 
-    async def _watch_attempted(self, index: int, body: bytes, left_s: float) -> WatchStream:
+    async def _watch_attempted(
+        self, endpoint: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> WatchStream:
         """Raises TransportError, Faulted, WatchCanceled, ValueError."""
-        endpoint = self._endpoints[index]
-        timeout_s = max(0.0, min(self._settings.try_timeout_s, left_s))
-        headers = await self._credentials.authorized(gateway.WATCH_HEADERS, endpoint, timeout_s)
         is_trusted = await self._is_progress_trusted(endpoint, headers, timeout_s)
         stream = await self._transport.stream(endpoint, gateway.WATCH, body, headers, timeout_s)
         try:
@@ -346,21 +348,22 @@ class EtcdStore:
     async def _attempt(self, channel: Channel, index: int, path: str, body: bytes, left_s: float) -> dict[str, Any]:
         """One request to one endpoint; once more with a new token where the old one was refused. Raises
         TransportError, Faulted, ValueError."""
+        endpoint = self._endpoints[index]
         deadline = loop_time() + min(self._settings.try_timeout_s, left_s)
-        token = self._credentials.token
+        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
         try:
-            return await self._posted(channel, index, path, body, deadline)
+            return await self._posted(channel, endpoint, path, body, headers, deadline)
         except Faulted as exc:
             if judge(exc.fault) is not Verdict.UNAUTHENTICATED or not self._credentials.can_renew:
                 raise
-        self._credentials.forget(token)
-        return await self._posted(channel, index, path, body, deadline)
+        self._credentials.forget(headers)
+        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
+        return await self._posted(channel, endpoint, path, body, headers, deadline)
 
-    async def _posted(self, channel: Channel, index: int, path: str, body: bytes, deadline: float) -> dict[str, Any]:
-        endpoint = self._endpoints[index]
-        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, max(0.0, deadline - loop_time()))
-        timeout_s = max(0.0, deadline - loop_time())
-        answer = await self._transport.post(channel, endpoint, path, body, headers, timeout_s)
+    async def _posted(
+        self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float
+    ) -> dict[str, Any]:
+        answer = await self._transport.post(channel, endpoint, path, body, headers, _left_until(deadline))
         if answer.status != 200:
             raise Faulted(gateway.fault_of(answer.status, answer.body))
         # a renewal's answer is a stream of one
@@ -396,6 +399,10 @@ class EtcdStore:
                 f"revision went back from {floor} to {header.revision}: this member is behind, or the store was "
                 f"restored from a backup (then stop all workers and run `shardlead generation raise`)"
             )
+
+
+def _left_until(deadline: float) -> float:
+    return max(0.0, deadline - loop_time())
 
 
 def _raise_refusal(fault: Fault, lease: int) -> None:
