@@ -63,7 +63,7 @@ class Beacon:
 
     async def run(self) -> None:
         """Renew the cluster's tick when it is old; the winner looks for orphans."""
-        await self._view.mirror.wait_loaded(LOAD_TIMEOUT_S)
+        await loaded(self._view.mirror)
         while True:
             age_s = (self._clock.now_ns() - self._tick_at_ns) / NS_PER_S
             due_s = TICK_S * self._rng.uniform(1.0, 1.2)
@@ -130,3 +130,15 @@ class Beacon:
                 offered += 1
         if offered:
             log.info("offered shards that nobody leads", extra={"shards": offered})
+
+
+async def loaded(mirror: Mirror) -> None:
+    """Until the mirror has its first picture. No time-out: a store that is away keeps us waiting, and the session,
+    which does not wait for it, ends us."""
+    while True:
+        try:
+            await mirror.wait_loaded(LOAD_TIMEOUT_S)
+        except StoreError as exc:
+            log.warning("still waiting for a first picture", extra={"reason": str(exc)})
+        else:
+            return

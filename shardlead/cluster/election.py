@@ -466,6 +466,12 @@ class Election:
             found.update({shard: self._holder(result) for shard, result in zip(part, results, strict=True)})
         return found
 
+    async def look_up(self, shards: Sequence[int]) -> tuple[int, dict[int, LedBy | Nobody]]:
+        """Who leads these shards (at most BATCH), and the revision at which that was so. Raises StoreError."""
+        results = await read_many(self._store, [self._keys.leader(shard) for shard in shards])
+        revision = min(result.revision for result in results)
+        return revision, {shard: self._holder(result) for shard, result in zip(shards, results, strict=True)}
+
     async def history(self, shard: int) -> History | None:
         """What is remembered of a shard. Raises StoreError."""
         return (await self._read_histories((shard,)))[shard][0]

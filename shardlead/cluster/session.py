@@ -280,11 +280,13 @@ async def open_session(
     record: WorkerRecord | None,
     meta_revision: int,
     on_wait: Callable[[KeyValue], None] = lambda _kv: None,
+    on_grant: Callable[[int], None] = lambda _lease: None,
 ) -> Session:
     """T0: a fresh lease, and the worker's record on it if its name is free.
 
     A taken name is waited for (`on_wait` is called once) for TTL + 5 s, then NameTaken is raised. `record.sid` is
-    filled in here. Without a record (a lone controller) the session is a lease alone. Raises StoreError.
+    filled in here. `on_grant` is told each lease before anything stands on it, so that somebody else can revoke it
+    should this process die. Without a record (a lone controller) the session is a lease alone. Raises StoreError.
     """
     until_ns = clock.now_ns() + int((settings.ttl_s + NAME_WAIT_EXTRA_S) * NS_PER_S)
     is_told = False
@@ -301,6 +303,7 @@ async def open_session(
                 continue
         sent_ns = clock.now_ns()
         grant = await store.grant(settings.ttl_s)
+        on_grant(grant.lease)
         sid = f"{grant.lease:x}-{rng.getrandbits(32):08x}"
         session = Session(
             store,

@@ -117,13 +117,27 @@ class Envoy(Protocol):
         """Somebody spoke of a larger epoch than ours: look whether the shard is still ours."""
         ...
 
+    def look_up(self, shard: int) -> None:
+        """Somebody takes us for its leader and we know nothing of it: look who is, and tell `note_elsewhere`."""
+        ...
+
     async def pass_on(self, shard: int, epoch: int, goal: HandOver | Resign | Remint, *, is_clean: bool) -> Passage: ...
 
 
 class _Entry:
     """One shard's mutable place in the host."""
 
-    __slots__ = ("backoff_until_ns", "changed", "failures", "is_clean", "leader", "serving_since_ns", "state", "tenure")
+    __slots__ = (
+        "backoff_until_ns",
+        "changed",
+        "elsewhere_epoch",
+        "failures",
+        "is_clean",
+        "leader",
+        "serving_since_ns",
+        "state",
+        "tenure",
+    )
 
     def __init__(self) -> None:
         self.state: ownership.State = ownership.Idle()
@@ -131,7 +145,8 @@ class _Entry:
         self.changed = asyncio.Event()
         self.backoff_until_ns = 0
         self.failures = 0
-        self.leader = ""  # whom it was handed to
+        self.leader = ""  # whom it was handed to, or who was found to lead it
+        self.elsewhere_epoch = 0  # no epoch up to this one is ours, as a look at the store has shown
         self.serving_since_ns = 0
         self.is_clean = True  # everything of the last tenure had ended when it was closed
 
@@ -214,10 +229,12 @@ class Host:
             case ownership.Draining(own) | ownership.Stopping(own) | ownership.Closing(own) | ownership.Passing(own):
                 return Parked() if epoch > own else Turned(Refused.DRAINING, own)
             case ownership.Idle(dead_epoch) | ownership.Claiming(dead_epoch):
-                if epoch > dead_epoch and not self.is_stopping:
+                known_epoch = max(dead_epoch, entry.elsewhere_epoch if entry is not None else 0)
+                if epoch > known_epoch and not self.is_stopping:
+                    if isinstance(state, ownership.Idle) and self.envoy is not None:
+                        self.envoy.look_up(shard)
                     return Parked()  # it may be ours before we have heard of it
-                reason = Refused.STALE if dead_epoch else Refused.UNKNOWN
-                return Turned(reason, dead_epoch, leader)
+                return Turned(Refused.STALE if dead_epoch else Refused.UNKNOWN, dead_epoch, leader)
             case _:
                 assert_never(state)
 
@@ -231,6 +248,13 @@ class Host:
         return entry.leader if entry is not None else ""
 
     # --- for the steward ---
+
+    def note_elsewhere(self, shard: int, epoch: int, leader: str) -> None:
+        """The store says that no epoch of this shard up to `epoch` is ours now; `leader` as in the header."""
+        entry = self._entry(shard)
+        entry.elsewhere_epoch = max(entry.elsewhere_epoch, epoch)
+        entry.leader = leader
+        self._tell_changed(entry)
 
     def state(self, shard: int) -> ownership.State:
         """The shard's state; Idle for one that was never heard of."""
@@ -307,11 +331,14 @@ class Host:
                 entry.tenure = None
             case _:
                 pass
-        changed, entry.changed = entry.changed, asyncio.Event()
-        changed.set()
+        self._tell_changed(entry)
         self._metrics.leaderships.set(len(self.led()))
         if isinstance(entry.state, ownership.Idle):
             self.on_idle()
+
+    def _tell_changed(self, entry: _Entry) -> None:
+        changed, entry.changed = entry.changed, asyncio.Event()
+        changed.set()
 
     def _carry_out(self, shard: int, entry: _Entry, command: ownership.Command) -> None:
         match command:

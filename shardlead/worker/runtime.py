@@ -249,12 +249,16 @@ class Worker:
             record=record,
             meta_revision=shape.meta_revision,
             on_wait=self._name_is_taken,
+            on_grant=self._declare,
         )
-        if self._will is not None:
-            self._will.declare(session.lease, self._settings.store, fenced=factory.fenced)
         self._metrics.sessions.inc()
         log.info("session opened", extra={"worker": self.name, "sid": session.sid, "ttl_s": session.ttl_s})
         return session
+
+    def _declare(self, lease: int) -> None:
+        if self._will is not None:
+            assert self._factory is not None, "sessions come after the start"
+            self._will.declare(lease, self._settings.store, fenced=self._factory.fenced)
 
     def _name_is_taken(self, _kv: KeyValue) -> None:
         log.warning("worker name is taken by a living session, waiting for it to end", extra={"worker": self.name})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from shardlead.clock import NS_PER_S, Clock
-from shardlead.cluster.beacon import Beacon
+from shardlead.cluster.beacon import Beacon, loaded
 from shardlead.cluster.courier import Courier
 from shardlead.cluster.election import (
     BATCH,
@@ -43,12 +43,12 @@ from shardlead.worker.leadership import Guard
 
 log = logging.getLogger("shardlead.steward")
 
-LOAD_TIMEOUT_S: Final = 10.0
 RANK_JITTER_S: Final = 0.05
 CLAIM_PAUSE_S: Final = 0.1
 RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants
 DOUBT_PAUSE_S: Final = 1.0
 STILL_MINE_S: Final = 1.0
+FROZEN_PAUSE_S: Final = 2.0  # how often a shard that may not be asked for is looked at again
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,9 @@ class Steward:
         self._beacon = Beacon(
             self._courier, self.view, (self.inbox.mirror, self.view.mirror), shards=shards, clock=clock, rng=rng
         )
-        self._doubt_at_ns = 0
+        self._doubts: dict[int, int] = {}  # shard -> our epoch, where somebody spoke of a larger one
+        self._lookups: set[int] = set()
+        self._asked = asyncio.Event()
         self._is_loaded = False
         session.on_change = self._session_changed
         session.confirm = self._confirm
@@ -116,6 +118,7 @@ class Steward:
                 group.create_task(self._claim_loop(), name="claim"),
                 group.create_task(self._beacon.run(), name="tick"),
                 group.create_task(self._audit_loop(), name="audit"),
+                group.create_task(self._answer_loop(), name="answer"),
             ]
             await self.session.run()
             for task in tasks:
@@ -175,8 +178,8 @@ class Steward:
         self._wake()
 
     async def _look_loop(self) -> None:
-        await self.inbox.mirror.wait_loaded(LOAD_TIMEOUT_S)
-        await self.view.mirror.wait_loaded(LOAD_TIMEOUT_S)
+        await loaded(self.inbox.mirror)
+        await loaded(self.view.mirror)
         self._is_loaded = True
         now_ns = self._clock.now_ns()
         for shard in duties.own_orders(self.inbox.orders, self.session.name):
@@ -312,6 +315,8 @@ class Steward:
                     is_takeover = shard in takeovers and leader.worker == takeovers[shard]
                     if is_takeover or (shard in wanted and not fleet.is_frozen):
                         ask[shard] = holder
+                    else:
+                        self._pursuits[shard] = _Pursuit(leader.worker, now_ns + int(FROZEN_PAUSE_S * NS_PER_S))
         if not ask:
             return
         reason = "its leader stops" if takeovers else "assigned"
@@ -412,10 +417,47 @@ class Steward:
 
     def doubt(self, shard: int, epoch: int) -> None:
         """For the host: look at the truth, at most once a second (protocol.md A.8)."""
-        now_ns = self._clock.now_ns()
-        if now_ns >= self._doubt_at_ns:
-            self._doubt_at_ns = now_ns + int(DOUBT_PAUSE_S * NS_PER_S)
-            self._doubted = asyncio.ensure_future(self._check({shard: epoch}))
+        self._doubts[shard] = epoch
+        self._asked.set()
+
+    def look_up(self, shard: int) -> None:
+        """For the host: see who leads a shard that others take for ours."""
+        self._lookups.add(shard)
+        self._asked.set()
+
+    async def _answer_loop(self) -> None:
+        """Proofs and look-ups that requests have asked for, in batches; proofs at most once a second."""
+        while True:
+            await self._asked.wait()  # no time-out: requests set it, and run() cancels
+            self._asked.clear()
+            try:
+                await self._look_up()
+            except StoreError as exc:
+                log.warning("leaders not looked up", extra={"reason": str(exc)})
+            doubts, self._doubts = self._doubts, {}
+            if doubts:
+                if await self._check(doubts) is False:
+                    self.session.lose("the worker's record is not ours any more")
+                    return
+                await asyncio.sleep(DOUBT_PAUSE_S)
+
+    async def _look_up(self) -> None:
+        shards = sorted(self._lookups)[:BATCH]
+        self._lookups.difference_update(shards)
+        if self._lookups:
+            self._asked.set()
+        if not shards:
+            return
+        revision, leaders = await self._election.look_up(shards)
+        known_epoch = epoch_of(self._generation, revision)
+        for shard, holder in leaders.items():
+            if isinstance(holder, LedBy) and holder.leader.sid == self.session.sid:
+                self._adopt(shard, holder.revision)
+                continue
+            leader = ""
+            if isinstance(holder, LedBy) and (member := self.view.fleet.members.get(holder.leader.worker)):
+                leader = f"{holder.leader.worker} {member.record.address} {epoch_of(self._generation, holder.revision)}"
+            self._host.note_elsewhere(shard, known_epoch, leader)
 
     async def _check(self, led: dict[int, int]) -> bool | None:
         """T3 for these; what is not ours any more is taken from the host. None if undecided."""
