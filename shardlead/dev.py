@@ -495,7 +495,7 @@ class _Dev:
     def _worker_line(self, name: str) -> str:
         """The command that starts one worker more, for another terminal."""
         words = [*_command_name(), "worker", self.options.app, "--name", name]
-        words += ["--store", self.store_url, "--cluster", CLUSTER, "--set", f"lease.ttl_s={self.options.ttl_s}"]
+        words += ["--store", self.store_url, "--cluster", CLUSTER]
         environment = f"SHARDLEAD_DEMO_DB={shlex.quote(str(self.home.database))} " if self._is_demo else ""
         return environment + shlex.join(words)
 
