@@ -30,13 +30,14 @@ from aiohttp import web
 from shardlead.clock import NS_PER_S, Clock, SystemClock
 from shardlead.errors import CommandError, Compacted, StoreRejected
 from shardlead.store import wire
-from shardlead.store.base import REQUEST_BYTES_MAX, Op
+from shardlead.store.base import REQUEST_BYTES_MAX, Delete, Op
 from shardlead.store.model import FROM_KEY, RESOURCE_EXHAUSTED, Model
 
 VERSION: Final = "3.5.28"  # whose fixes the model has: progress messages and renewals can be trusted
 BODY_BYTES_MAX: Final = 4 * 1_048_576  # a request of REQUEST_BYTES_MAX in base64 and JSON, with room
 WATCHERS_MAX: Final = 1_024
 LEASES_MAX: Final = 10_000
+SPACE_BYTES_MAX: Final = 512 * 1_048_576  # keys and values; etcd's own quota is 2 GiB
 LEASE_TICK_S: Final = 0.1
 STALL_NS: Final = 500_000_000  # the clock was not read for longer than this: the process stood still
 PROGRESS_INTERVAL_S: Final = 10.0
@@ -345,6 +346,11 @@ class EmbeddedStore:
         """Around whatever may change the model: its size is checked, revisions are reserved, watchers are told."""
         if op is not None and wire.bytes_in(op) > REQUEST_BYTES_MAX:
             raise _too_large()
+        if not isinstance(op, Delete | None) and self.model.size_bytes > SPACE_BYTES_MAX:
+            if self.model.compacted < self.model.revision:
+                self.model.compact(self.model.revision)  # rather lose the past than refuse
+            if self.model.size_bytes > SPACE_BYTES_MAX:
+                raise StoreRejected(RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded")
         self._reserve()
         before = self.model.revision
         yield

@@ -42,7 +42,8 @@ from shardlead.store.base import (
 
 MIN_TTL_S: Final = 2  # ceil(1.5 x election time-out), etcd's default
 MAX_TTL_S: Final = 9_000_000_000  # etcd's own
-HISTORY_EVENTS_MAX: Final = 100_000  # beyond it the older half is compacted
+HISTORY_EVENTS_MAX: Final = 100_000  # beyond either the older half is compacted
+HISTORY_BYTES_MAX: Final = 64 * 1_048_576  # keys and values that were overwritten or deleted
 WATCH_REVISIONS_MAX: Final = 1_000  # in one message, as etcd has it
 FROM_KEY: Final = b"\0"  # as a range_end: everything from the key on
 
@@ -93,6 +94,8 @@ class Model:
         self._keys: list[bytes] = []  # those of _versions, sorted
         self._log: list[tuple[Event, ...]] = []  # one entry a revision, without gaps, the last is self.revision's
         self._events = 0
+        self._bytes = 0
+        self._present_bytes = 0
         self._leases: dict[int, Lease] = {}
 
     def __repr__(self) -> str:
@@ -100,6 +103,11 @@ class Model:
             f"Model(revision={self.revision}, compacted={self.compacted}, keys={len(self._keys)}, "
             f"leases={len(self._leases)}, events={self._events})"
         )
+
+    @property
+    def size_bytes(self) -> int:
+        """Keys and values, in all the versions that are kept."""
+        return self._bytes
 
     def copy(self) -> "Model":
         """An independent twin, its random numbers included."""
@@ -117,6 +125,7 @@ class Model:
         twin._keys = list(self._keys)
         twin._log = list(self._log)
         twin._events = self._events
+        twin._bytes, twin._present_bytes = self._bytes, self._present_bytes
         twin._leases = {lease: replace(each, keys=set(each.keys)) for lease, each in self._leases.items()}
         return twin
 
@@ -332,22 +341,24 @@ class Model:
         if before is None:
             kv = KeyValue(op.key, op.value, revision, revision, 1, op.lease)
         else:
-            self._detach(before)
+            self._leave(before)
             kv = KeyValue(op.key, op.value, before.create_revision, revision, before.version + 1, op.lease)
         if op.lease:
             self._leases[op.lease].keys.add(op.key)
+        self._present_bytes += _size(kv)
         self._append(kv)
         changes.append(Event(is_delete=False, kv=kv))
 
     def _write_deletion(self, key: bytes, changes: list[Event]) -> None:
         before = self._now(key)
         assert before is not None, "only what is there is deleted"
-        self._detach(before)
+        self._leave(before)
         tombstone = KeyValue(key, b"", 0, self.revision + 1, 0)
         self._append(tombstone)
         changes.append(Event(is_delete=True, kv=tombstone))
 
     def _append(self, kv: KeyValue) -> None:
+        self._bytes += _size(kv)
         versions = self._versions.get(kv.key)
         if versions is None:
             self._versions[kv.key] = [kv]
@@ -355,7 +366,8 @@ class Model:
         else:
             versions.append(kv)
 
-    def _detach(self, kv: KeyValue) -> None:
+    def _leave(self, kv: KeyValue) -> None:
+        self._present_bytes -= _size(kv)
         if kv.lease:
             self._leases[kv.lease].keys.discard(kv.key)
 
@@ -365,14 +377,14 @@ class Model:
         self.revision += 1
         self._log.append(tuple(changes))
         self._events += len(changes)
-        if self._events > self._history_events_max:
+        if self._events > self._history_events_max or self._bytes - self._present_bytes > HISTORY_BYTES_MAX:
             self._forget_older_half()
 
     def _forget_older_half(self) -> None:
-        kept = 0
+        kept, half = 0, self._events // 2
         for back, events in enumerate(reversed(self._log)):
             kept += len(events)
-            if kept > self._history_events_max // 2:
+            if kept > half:
                 self._forget(self.revision - back)
                 return
 
@@ -390,7 +402,9 @@ class Model:
                 continue
             last = max((at for at, kv in enumerate(versions) if kv.mod_revision <= revision), default=0)
             kept = versions[last:]
+            self._bytes -= sum(_size(kv) for kv in versions[:last])
             if not kept[0].version and kept[0].mod_revision <= revision:
+                self._bytes -= _size(kept[0])
                 kept = kept[1:]
             if kept:
                 self._versions[key] = kept
@@ -479,6 +493,10 @@ def _keys_written(ops: Sequence[Op]) -> _Written:
         if isinstance(op, Put):
             written.add({op.key})
     return written
+
+
+def _size(kv: KeyValue) -> int:
+    return len(kv.key) + len(kv.value)
 
 
 def _is_within(key: bytes, start: bytes, end: bytes) -> bool:
