@@ -17,7 +17,10 @@ def print_json(value: object) -> None:
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Aligned columns; numbers to the right. None shows as -."""
     cells = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
-    is_number = [bool(cells) and all(row[at].isdigit() or row[at] == "-" for row in cells) for at in range(len(heads))]
+    columns = [[row[at] for row in cells] for at in range(len(heads))]
+    is_number = [
+        any(map(str.isdigit, each)) and all(cell.isdigit() or cell == "-" for cell in each) for each in columns
+    ]
     widths = [max([len(head), *(len(row[at]) for row in cells)]) for at, head in enumerate(heads)]
 
     def line(row: Sequence[str]) -> str:

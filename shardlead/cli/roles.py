@@ -77,9 +77,9 @@ def worker(words: list[str], /, application: str, **options: Any) -> None:
 def worker_process(application: str, fail_fast: bool, **options: Any) -> int:
     """The worker itself, under its parent."""
     loaded = worker_settings(**options)
-    from shardlead.cli import wiring
+    from shardlead.cli.worker_role import run_worker
 
-    return wiring.run_worker(loaded, application, is_fail_fast=fail_fast)
+    return run_worker(loaded, application, is_fail_fast=fail_fast)
 
 
 @click.command()
@@ -88,20 +88,27 @@ def worker_process(application: str, fail_fast: bool, **options: Any) -> int:
 @host_option
 @port_option
 @admin_port_option
+@click.option("--share-port", "is_sharing_port", is_flag=True, help="Let other routers listen on the same port.")
 @fail_fast_option
 def router(
-    name: str | None, host: str | None, port: str | None, admin_port: str | None, fail_fast: bool, **options: Any
+    name: str | None,
+    host: str | None,
+    port: str | None,
+    admin_port: str | None,
+    fail_fast: bool,
+    is_sharing_port: bool,
+    **options: Any,
 ) -> int:
     """Run a router: requests go to their shard's leader.
 
-    Several routers may share a port.
+    Several routers may share a port (--share-port).
     """
     loaded = load_settings(
         **options, host=("router.host", host), port=("router.port", port), admin_port=("admin.port", admin_port)
     )
-    from shardlead.cli import wiring
+    from shardlead.cli.router_role import run_router
 
-    return wiring.run_router(loaded, name or "", is_fail_fast=fail_fast)
+    return run_router(loaded, name or "", is_fail_fast=fail_fast, is_sharing_port=is_sharing_port)
 
 
 @click.command()
@@ -115,9 +122,9 @@ def controller(name: str | None, admin_port: str | None, fail_fast: bool, **opti
     It keeps leadership even. By default each worker is a candidate for its seat, and none has to run alone.
     """
     loaded = load_settings(**options, admin_port=("admin.port", admin_port))
-    from shardlead.cli import wiring
+    from shardlead.cli.controller_role import run_controller
 
-    return wiring.run_controller(loaded, name or "", is_fail_fast=fail_fast)
+    return run_controller(loaded, name or "", is_fail_fast=fail_fast)
 
 
 @click.command("embedded-store", hidden=True)
@@ -126,9 +133,9 @@ def controller(name: str | None, admin_port: str | None, fail_fast: bool, **opti
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), default=None)
 def embedded_store(host: str, port: int, data: Path | None) -> int:
     """The store of `shardlead dev`: etcd's JSON interface over memory. Not for production."""
-    from shardlead.cli import wiring
+    from shardlead.cli.store_role import run_embedded_store
 
-    return wiring.run_embedded_store(host, port, data)
+    return run_embedded_store(host, port, data)
 
 
 @click.command()
