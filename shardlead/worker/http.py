@@ -90,7 +90,7 @@ class Front:
         metrics.requests_running.set_function(lambda: self._running)
         metrics.requests_parked.set_function(lambda: self._parked)
         self._sent, self._sent_last = _Sent(keep_alive=True), _Sent(keep_alive=False)
-        self._is_leaving = False
+        self._is_leaving = self._is_closing = False
         self._is_mismatch_logged = False
         self._server: _Server | None = None
         self._runner: web.ServerRunner | None = None
@@ -150,7 +150,7 @@ class Front:
 
     async def close(self) -> None:
         """Close what is still open. Answers under way get a second. Safe to call twice, or before `start`."""
-        self._is_leaving = True
+        self._is_leaving = self._is_closing = True
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = self._site = None
@@ -261,10 +261,10 @@ class Front:
             if task.cancelling() == 0:  # of the application's own making: it awaited something that was cancelled
                 failure = RuntimeError("handle was cancelled from within")
                 failure.__cause__ = exc
-            elif tenure.is_lost:
+            elif tenure.is_lost and not self._is_closing:
                 failure = None
-                if task.uncancel() > 0:
-                    raise
+                while task.uncancel() > 0:  # a drain's end and a loss may both have asked
+                    pass
             else:
                 raise
         except Exception as exc:
@@ -303,6 +303,8 @@ class Front:
                 response.force_close()
             await response.prepare(request)
         await response.write_eof()
+        if not gate.has_begun:
+            raise RuntimeError("a response can be sent only once: make a new one for each request")
 
     async def _answer_instead(
         self, request: web.Request, gate: Gate, tenure: Tenure, call: Call, failure: Exception | None

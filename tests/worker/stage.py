@@ -75,6 +75,7 @@ class Speaker:
 
     guard: Switch = field(default_factory=Switch)
     doubts: list[tuple[int, int]] = field(default_factory=list)
+    looked_up: list[int] = field(default_factory=list)
     passed: list[object] = field(default_factory=list)
 
     def queue_claim(self, shard: int) -> None:
@@ -85,6 +86,9 @@ class Speaker:
 
     def doubt(self, shard: int, epoch: int) -> None:
         self.doubts.append((shard, epoch))
+
+    def look_up(self, shard: int) -> None:
+        self.looked_up.append(shard)
 
     async def pass_on(self, shard: int, epoch: int, goal: HandOver | Resign | Remint, *, is_clean: bool) -> Passage:
         self.passed.append(goal)

@@ -183,6 +183,22 @@ def test_a_draining_shard_refuses_and_lets_running_requests_end(loop: str) -> No
     play(loop, main())
 
 
+def test_a_caller_that_takes_this_worker_for_a_leader_it_is_not_waits_while_it_is_looked_up(loop: str) -> None:
+    """Nothing is known of the shard: the leader is looked up; until then the request is parked, then turned away."""
+
+    async def main() -> None:
+        async with staged(is_led=False) as stage, peer(stage) as router:
+            router.send("POST", "/x", body=b"1")
+            await until(lambda: stage.speaker.looked_up)
+            stage.host.note_elsewhere(SHARD, EPOCH + 1, f"w2 10.0.0.2:9000 {EPOCH + 1}")
+            answer = await router.answer()
+            assert (answer.status, answer.headers["shardlead-refused"]) == (421, "unknown")
+            assert answer.headers["shardlead-leader"] == f"w2 10.0.0.2:9000 {EPOCH + 1}"
+            assert stage.handled == []
+
+    play(loop, main())
+
+
 def test_an_unknown_shard_of_a_stopping_worker_is_unknown(loop: str) -> None:
     """421 unknown: nothing is known of it, and nothing will be."""
 
@@ -418,6 +434,63 @@ def test_a_body_is_asked_for_only_after_admission(loop: str) -> None:
     play(loop, main())
 
 
+def test_a_large_upload_that_meets_a_drain_is_taken_to_its_end(loop: str) -> None:
+    """Admitted is admitted: the handoff waits for the second half of 10 MB."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+            stage.on("/x")(echo)
+            half = b"b" * 5_000_000
+            router.send("POST", "/x", words() | {"Expect": "100-continue", "Content-Length": "10000000"})
+            assert (await router.head()).status == 100
+            router.writer.write(half)
+            await router.writer.drain()
+            stage.hand_over()
+            router.writer.write(half)
+            assert json.loads((await router.answer()).body)["bytes"] == 10_000_000
+            await stage.until(SHARD, Idle)
+
+    play(loop, main())
+
+
+def test_a_large_upload_whose_leadership_is_lost_is_told_at_once(loop: str) -> None:
+    """The 502 does not wait for the rest of the body, and says that the connection ends."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+            stage.on("/x")(echo)
+            router.send("POST", "/x", words() | {"Expect": "100-continue", "Content-Length": "10000000"})
+            assert (await router.head()).status == 100
+            router.writer.write(b"b" * 1_000)
+            await until(lambda: stage.handled)
+            stage.lose()
+            answer = await router.answer()
+            assert (answer.status, answer.headers["connection"]) == (502, "close")
+
+    play(loop, main())
+
+
+def test_a_drain_that_takes_too_long_ends_in_an_unknown_outcome(loop: str) -> None:
+    """After drain_timeout_s what still runs is cancelled; its caller is told the truth, the object closed once."""
+
+    async def main() -> None:
+        async with staged(drain_timeout_s=0.02) as stage, peer(stage) as router:
+
+            @stage.on("/x")
+            async def stuck(lead: Leadership, request: web.Request) -> web.Response:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            router.send("POST", "/x", body=b"1")
+            await until(lambda: stage.handled)
+            stage.hand_over()
+            assert (await router.answer()).headers["shardlead-outcome"] == "unknown"
+            await stage.until(SHARD, Idle)
+            assert stage.closed == [EPOCH]
+
+    play(loop, main())
+
+
 def test_a_refused_body_is_never_asked_for(loop: str) -> None:
     """The refusal comes without a 100, the body unread, and the connection ends at once."""
 
@@ -461,8 +534,8 @@ def test_what_an_application_raises_is_logged_and_not_shown(loop: str, caplog: p
     assert vars(record)["epoch"] == EPOCH
 
 
-def test_handlers_that_return_nothing_or_cancel_themselves_are_application_errors(loop: str) -> None:
-    """Neither breaks the connection: each is a 500."""
+def test_handlers_that_return_no_fresh_answer_are_application_errors(loop: str) -> None:
+    """Nothing, a cancellation of their own, a response that was sent before: a 500, no broken or hanging connection."""
 
     async def main() -> None:
         async with staged() as stage, peer(stage) as router:
@@ -478,7 +551,14 @@ def test_handlers_that_return_nothing_or_cancel_themselves_are_application_error
                 await task
                 raise AssertionError
 
-            for path in ("/none", "/cancelled"):
+            kept = web.Response(text="kept")
+
+            @stage.on("/kept")
+            async def keeps(lead: Leadership, request: web.Request) -> web.Response:
+                return kept
+
+            assert (await router.ask("GET", "/kept")).body == b"kept"
+            for path in ("/none", "/cancelled", "/kept"):
                 answer = await router.ask("GET", path)
                 assert (answer.status, kind(answer)) == (500, "application-error")
 
