@@ -165,6 +165,11 @@ class EmbeddedStore:
             "/v3/auth/authenticate": _authenticate,
         }
 
+    @property
+    def watchers(self) -> int:
+        """How many watches are open."""
+        return len(self._wakers)
+
     def application(self) -> web.Application:
         """The gateway's paths."""
         application = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -284,7 +289,7 @@ class EmbeddedStore:
         """A watch lives until its client leaves. After a cancel it stays open and silent, as etcd's gateway does."""
         try:
             asked = wire.watch_request(wire.parse_object(await request.read()))
-            if len(self._wakers) >= WATCHERS_MAX:
+            if self.watchers >= WATCHERS_MAX:
                 raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {WATCHERS_MAX} watchers, its most")
         except StoreRejected as refusal:
             status, body = wire.encode_refusal(refusal)
