@@ -352,7 +352,7 @@ def test_a_parked_request_whose_caller_left_is_not_begun(loop: str) -> None:
         (words() | {"shardlead-key": KEY}, 400, "bad-request"),
         (words("k" * 2_049), 400, "key-too-long"),
         (words() | {"Shardlead-Shard": str((SHARD + 1) % 8)}, 400, "bad-request"),
-        (words() | {"Content-Length": "11"}, 413, "too-large"),
+        (words() | {"Content-Length": "11"}, 413, "too-large"),  # as long as the body that is sent below
         (words() | {"Expect": "the-unexpected"}, 417, "bad-request"),
     ],
 )
@@ -363,7 +363,7 @@ def test_what_cannot_be_used_is_refused_by_name(
 
     async def main() -> None:
         async with staged(body_bytes_max=10) as stage, peer(stage) as router:
-            answer = await router.ask("POST", "/x", headers)
+            answer = await router.ask("POST", "/x", headers, b"eleven byte")
             assert (answer.status, kind(answer)) == (status, problem)
             assert "shardlead-refused" not in answer.headers
             assert stage.handled == []
@@ -466,6 +466,8 @@ def test_a_large_upload_whose_leadership_is_lost_is_told_at_once(loop: str) -> N
             stage.lose()
             answer = await router.answer()
             assert (answer.status, answer.headers["connection"]) == (502, "close")
+            router.writer.write(b"b" * 9_999_000)
+            assert await router.reader.read() == b""
 
     play(loop, main())
 
