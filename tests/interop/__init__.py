@@ -1,0 +1,1 @@
+"""Other people's etcd clients beside ours, on the same store."""
