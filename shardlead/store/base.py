@@ -31,7 +31,7 @@ class KeyValue:
 
 
 class Target(StrEnum):
-    """What of a key is compared. An absent key has 0 (or b"") for each."""
+    """What of a key is compared. An absent key has 0 for each number; of an absent VALUE nothing is true."""
 
     VERSION = "VERSION"
     CREATE = "CREATE"
