@@ -45,6 +45,7 @@ MAX_TTL_S: Final = 9_000_000_000  # etcd's own
 HISTORY_EVENTS_MAX: Final = 100_000  # beyond either the older half is compacted
 HISTORY_BYTES_MAX: Final = 64 * 1_048_576  # keys and values that were overwritten or deleted
 WATCH_REVISIONS_MAX: Final = 1_000  # in one message, as etcd has it
+WATCH_BYTES_MAX: Final = 4 * 1_048_576  # a message ends with the revision that passes it
 FROM_KEY: Final = b"\0"  # as a range_end: everything from the key on
 
 INVALID_ARGUMENT: Final = 3
@@ -241,14 +242,14 @@ class Model:
 
     def events_since(self, revision: int, key: bytes, range_end: bytes = b"") -> tuple[WatchBatch, int]:
         """What a watch of [key, range_end) gets next, from `revision` on: one message of at most
-        WATCH_REVISIONS_MAX revisions, and the revision to go on from. No revision is split over messages, and like
-        etcd's the header runs ahead of the events. Raises Compacted."""
+        WATCH_REVISIONS_MAX revisions and about WATCH_BYTES_MAX, and the revision to go on from. No revision is split
+        over messages, and like etcd's the header runs ahead of the events. Raises Compacted."""
         if revision < self.compacted:
             raise Compacted(self.compacted)
         first = self.revision - len(self._log) + 1
         start = max(revision, first)
         found: list[Event] = []
-        taken = 0
+        taken = size = 0
         following = start
         for events in self._log[start - first :] if start <= self.revision else ():
             following += 1
@@ -256,7 +257,8 @@ class Model:
             if matching:
                 found += matching
                 taken += 1
-                if taken == WATCH_REVISIONS_MAX:
+                size += sum(_size(event.kv) for event in matching)
+                if taken == WATCH_REVISIONS_MAX or size > WATCH_BYTES_MAX:
                     break
         return WatchBatch(self.revision, tuple(found)), following
 

@@ -264,6 +264,30 @@ async def test_127_claims_fit_one_transaction_and_128_do_not(world: World) -> No
 
 
 @contract
+async def test_125_confirmations_fit_one_transaction_and_126_do_not(world: World) -> None:
+    """T3: the write is one operation of 128, and a nested transaction with two guards leaves room for 126 in all.
+    Of whole claims (T1: two puts, two deletes) 124 fit, so batches of 64 do."""
+
+    def confirm(shard: int) -> Txn:
+        key = world.key(f"leaders/{shard}")
+        return Txn((modified_at(key, 0), leased_by(key, 0)), (), (Range(key),))
+
+    def whole_claim(shard: int) -> Txn:
+        key, history = world.key(f"leaders/{shard}"), world.key(f"history/{shard}")
+        offer, want = world.key(f"offers/{shard}"), world.key(f"wants/{shard}")
+        effects = (Put(key, b"A"), Put(history, b"h"), Delete(offer), Delete(want))
+        return Txn((absent(key), modified_at(history, 0)), effects, (Range(key),))
+
+    mine = Put(world.key("workers/A"), b"A")
+    assert isinstance(await world.commit(mine, *(confirm(shard) for shard in range(125))), Committed)
+    with pytest.raises(StoreRejected):
+        await world.commit(mine, *(confirm(shard) for shard in range(126)))
+    with pytest.raises(StoreRejected):
+        await world.commit(*(whole_claim(shard) for shard in range(125)))
+    assert isinstance(await world.commit(*(whole_claim(shard) for shard in range(124))), Committed)
+
+
+@contract
 async def test_each_part_of_a_transaction_has_128_places(world: World) -> None:
     """TXN_OPS_MAX in compares, in success, in failure."""
     guards = tuple(absent(world.key("none")) for _ in range(TXN_OPS_MAX))

@@ -268,3 +268,16 @@ def test_a_watch_message_has_a_thousand_revisions_at_most_and_splits_none() -> N
     assert first.revision == model.revision > first.events[-1].kv.mod_revision
     assert (following, end) == (1_002, model.revision + 1)
     assert model.events_since(end + 5, b"a", b"c") == (type(first)(model.revision, ()), end + 5)
+
+
+def test_a_watch_message_is_bounded_in_bytes() -> None:
+    """It ends with the revision that passes the bound; nothing is left out."""
+    model = new_model()
+    for _ in range(20):
+        model.txn(Txn((), (Put(b"a", b"x" * 500_000), Put(b"b", b"x" * 500_000))))
+    following, told = 2, 0
+    while following <= model.revision:
+        batch, following = model.events_since(following, b"a", b"c")
+        assert len(batch.events) == 10
+        told += len(batch.events)
+    assert told == 40
