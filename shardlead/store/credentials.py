@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from shardlead.config import StoreSettings
 from shardlead.store import gateway
-from shardlead.store.gateway import Faulted
+from shardlead.store.faults import Faulted, Verdict, fault_of, judge
+from shardlead.store.jsonfields import parse
 from shardlead.store.transport import Channel, Transport, TransportError
 
 _log = logging.getLogger("shardlead.store.credentials")
@@ -56,7 +57,7 @@ class Credentials:
                     Channel.CALL, endpoint, gateway.AUTHENTICATE, body, gateway.HEADERS, timeout_s
                 )
                 if answer.status == 200:
-                    self.token = gateway.token_of(gateway.parse(answer.body))
+                    self.token = gateway.token_of(parse(answer.body))
                     return
         except TimeoutError as exc:
             raise TransportError(f"no token within {timeout_s:.3g} s", is_sent=False) from exc
@@ -64,11 +65,11 @@ class Credentials:
             raise TransportError(f"no token: {exc.reason}", is_sent=False) from exc
         except ValueError as exc:
             raise TransportError(f"no token: {exc}", is_sent=False) from exc
-        fault = gateway.fault_of(answer.status, answer.body)
+        fault = fault_of(answer.status, answer.body)
         if "authentication is not enabled" in fault.message:
             self._is_auth_off = True
             _log.warning("store has no authentication; user and password are not used")
             return
-        if gateway.judge(fault) in (gateway.Verdict.NOT_NOW, gateway.Verdict.UNCERTAIN):
+        if judge(fault) in (Verdict.NOT_NOW, Verdict.UNCERTAIN):
             raise TransportError(f"no token: {fault}", is_sent=False)
         raise Faulted(fault)

@@ -42,7 +42,9 @@ from shardlead.store.base import (
 )
 from shardlead.store.credentials import Credentials
 from shardlead.store.endpoints import Budget, Cursor, Health, loop_time
-from shardlead.store.gateway import Fault, Faulted, Header, Verdict, judge
+from shardlead.store.faults import Fault, Faulted, Verdict, fault_of, judge
+from shardlead.store.gateway import Header
+from shardlead.store.jsonfields import parse
 from shardlead.store.transport import Channel, HttpTransport, Transport, TransportError
 from shardlead.store.versions import is_progress_trusted, warnings_for
 from shardlead.store.watchstream import WatchStream
@@ -321,7 +323,7 @@ class EtcdStore:
         try:
             async with asyncio.timeout(timeout_s):
                 if stream.status != 200:
-                    raise Faulted(gateway.fault_of(stream.status, await stream.read()))
+                    raise Faulted(fault_of(stream.status, await stream.read()))
                 watch = WatchStream(
                     stream, endpoint, self._settings.watch_silence_s, self._seen_header, is_trusted=is_trusted
                 )
@@ -339,7 +341,7 @@ class EtcdStore:
         """Asked at each opening, since a member may have been replaced by another version meanwhile."""
         answer = await self._transport.post(Channel.WATCH, endpoint, gateway.STATUS, b"{}", headers, timeout_s)
         try:
-            return answer.status == 200 and is_progress_trusted(gateway.version_of(gateway.parse(answer.body)))
+            return answer.status == 200 and is_progress_trusted(gateway.version_of(parse(answer.body)))
         except ValueError:
             return False
 
@@ -365,9 +367,9 @@ class EtcdStore:
     ) -> dict[str, Any]:
         answer = await self._transport.post(channel, endpoint, path, body, headers, _left_until(deadline))
         if answer.status != 200:
-            raise Faulted(gateway.fault_of(answer.status, answer.body))
+            raise Faulted(fault_of(answer.status, answer.body))
         # a renewal's answer is a stream of one
-        item = gateway.stream_item(answer.body) if path == gateway.RENEW else gateway.parse(answer.body)
+        item = gateway.stream_item(answer.body) if path == gateway.RENEW else parse(answer.body)
         if isinstance(item, Fault):
             raise Faulted(item)
         self._health.answered(endpoint)

@@ -32,7 +32,9 @@ from shardlead.store.base import (
     TxnResult,
     WatchBatch,
 )
-from shardlead.store.gateway import Fault, Verdict
+from shardlead.store.faults import Fault, Verdict, fault_of, judge
+from shardlead.store.jsonfields import parse
+from shardlead.store.watchstream import LineSplitter
 
 INT64 = st.integers(0, 2**63 - 1)
 KEYS = st.binary(min_size=1, max_size=8)
@@ -214,7 +216,7 @@ def test_a_range_comes_back_whole(revision: int, kvs: list[KeyValue], count: int
     """Zero fields are not in the answer, int64 are strings, bytes are base64."""
     result = RangeResult(revision, tuple(kvs), count, more)
     raw = {"header": _drop_zeros({"revision": str(revision)}), **_wire_range(result)}
-    assert gateway.range_result(gateway.parse(orjson.dumps(raw))) == result
+    assert gateway.range_result(parse(orjson.dumps(raw))) == result
 
 
 @given(st.lists(RESULTS, max_size=4), st.booleans())
@@ -225,7 +227,7 @@ def test_a_transaction_comes_back_whole(results: list[OpResult], succeeded: bool
         **_drop_zeros({"succeeded": succeeded, "responses": [_wire_result(result) for result in results]}),
     }
     kind = Committed if succeeded else Conflict
-    assert gateway.txn_outcome(gateway.parse(orjson.dumps(raw))) == kind(9, tuple(results))
+    assert gateway.txn_outcome(parse(orjson.dumps(raw))) == kind(9, tuple(results))
 
 
 @given(INT64, st.lists(st.tuples(st.booleans(), KVS), max_size=4))
@@ -288,7 +290,7 @@ DECODERS: list[Callable[[dict[str, Any]], object]] = [
     gateway.token_of,
     gateway.version_of,
     gateway.watch_message,
-    lambda raw: gateway.fault_of(500, orjson.dumps(raw)),
+    lambda raw: fault_of(500, orjson.dumps(raw)),
     lambda raw: gateway.stream_item(orjson.dumps(raw)),
 ]
 
@@ -297,13 +299,13 @@ DECODERS: list[Callable[[dict[str, Any]], object]] = [
 def test_no_answer_breaks_a_decoder(raw: Any, decode: Callable[[dict[str, Any]], object]) -> None:
     """A value or a ValueError, whatever the server said."""
     with contextlib.suppress(ValueError):
-        decode(gateway.parse(orjson.dumps(raw)))
+        decode(parse(orjson.dumps(raw)))
 
 
 @given(st.binary(max_size=50), st.integers(400, 599))
 def test_no_error_body_breaks_its_reading(body: bytes, status: int) -> None:
     """A proxy in between may say anything."""
-    assert isinstance(gateway.fault_of(status, body), Fault)
+    assert isinstance(fault_of(status, body), Fault)
 
 
 # --- in: the stream ----------------------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def test_lines_do_not_depend_on_chunks(lines: list[bytes], data: st.DataObject) 
     stream = b"\n".join(lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    splitter = gateway.LineSplitter()
+    splitter = LineSplitter()
     seen = [line for chunk in chunks for line in splitter.feed(chunk)]
     rest = splitter.rest()
     assert seen + ([rest] if rest else []) == [line for line in lines if line]
@@ -323,7 +325,7 @@ def test_lines_do_not_depend_on_chunks(lines: list[bytes], data: st.DataObject) 
 
 def test_a_line_has_a_bound() -> None:
     """A stream that never breaks its line must not fill the memory."""
-    splitter = gateway.LineSplitter(bytes_max=10)
+    splitter = LineSplitter(bytes_max=10)
     assert splitter.feed(b"0123456789") == ()
     with pytest.raises(ValueError, match="more than 10 bytes"):
         splitter.feed(b"x")
@@ -375,9 +377,9 @@ def _unary_36(code: int, text: str) -> bytes:
 )
 def test_what_a_fault_proves(shape: Callable[[int, str], bytes], code: int, text: str, verdict: Verdict) -> None:
     """The same in the shape of each gateway. What is not known to be a refusal proves nothing."""
-    fault = gateway.fault_of(500, shape(code, text))
+    fault = fault_of(500, shape(code, text))
     assert fault == Fault(code, text)
-    assert gateway.judge(fault) is verdict
+    assert judge(fault) is verdict
 
 
 @pytest.mark.parametrize(
@@ -409,4 +411,4 @@ def test_an_error_in_a_stream_has_another_shape(line: bytes, expected: Fault) ->
 )
 def test_what_a_proxy_says_is_believed_by_its_status(status: int, body: bytes, verdict: Verdict) -> None:
     """Its errors are no JSON, or not ours."""
-    assert gateway.judge(gateway.fault_of(status, body)) is verdict
+    assert judge(fault_of(status, body)) is verdict

@@ -32,6 +32,7 @@ from shardlead.store.base import (
 from shardlead.store.etcd import EtcdStore
 from shardlead.store.mirror import Change, Mirror
 from shardlead.store.transport import Answer, Channel, HttpTransport, Stream, TransportError
+from shardlead.store.watchstream import LineSplitter
 from tests.store.fake_gateway import FakeGateway, Reply, Request, Script, header
 from tests.support.etcd import KINDS, EtcdCluster, etcd_server
 
@@ -313,7 +314,7 @@ class _CutStream:
         self._inner = inner
         self._owner = owner
         self._lines_max = lines_max
-        self._splitter = gateway.LineSplitter()
+        self._splitter = LineSplitter()
         self._pending: list[bytes] = []
 
     @property
