@@ -177,6 +177,8 @@ class Dispatch:
             return
         gate = self.gates.get(shard)
         tried = 0 if gate is None else gate.turned_down
+        if what is Happened.UNSENT:
+            exchange.why = what
         if what not in _NOT_THE_EPOCHS_FAULT and exchange.leader is not None:
             exchange.why = what
             tried = max(tried, exchange.leader.epoch)
@@ -206,14 +208,12 @@ class Dispatch:
     def _carry_out(self, exchange: Exchange, what: Happened, step: Step) -> None:
         if not isinstance(step, PassOn):
             exchange.detach()
+        if what not in _RESENT_WHY and what not in _NOT_THE_EPOCHS_FAULT:
+            exchange.repeats += 1  # if it is sent again, then though it may have been processed
         match step:
             case Send(leader):
-                if what not in _NOT_THE_EPOCHS_FAULT:
-                    why = _RESENT_WHY.get(what)
-                    if why is None:
-                        exchange.repeats += 1
-                        why = "safe" if exchange.head.method in _SAFE else "idempotent"
-                    self.counts.resent[why] += 1
+                if exchange.leader is not None:
+                    self.counts.resent[_RESENT_WHY.get(exchange.why) or _harmless_why(exchange)] += 1
                 self._unhold(exchange)
                 self._send(exchange, leader)
             case Hold(above):
@@ -346,8 +346,10 @@ class Dispatch:
         """News of this shard's leader."""
         leader = self._leader(gate.shard)
         if leader is not None and leader.address and leader.epoch >= gate.floor and leader.epoch > gate.turned_down:
-            gate.probe = None
+            probe, gate.probe = gate.probe, None
             gate.ask_at_ns = None
+            if probe is not None and probe.take_back():  # it still waits for a connection to the leader of before
+                self._hold(probe, gate.turned_down, 0.0)
             self._release(gate, Happened.ARRIVED)
         self._tidy(gate)
 
@@ -486,6 +488,10 @@ class Dispatch:
                 member = self._view.map.workers.get(pool.worker)
                 if member is None or member.record.address != pool.address:
                     del self.pools[key]
+
+
+def _harmless_why(exchange: Exchange) -> str:
+    return "safe" if exchange.head.method in _SAFE else "idempotent"
 
 
 def _read_hint(text: bytes) -> Leader | None:

@@ -80,6 +80,7 @@ class Downstream(asyncio.Protocol):
         "_front",
         "_has_parsed_head",
         "_head_bytes",
+        "_head_pieces",
         "_head_since_s",
         "_is_advancing",
         "_is_deaf",
@@ -112,7 +113,8 @@ class Downstream(asyncio.Protocol):
         self._fatal: RequestError | None = None
         self._after_upgrade: bytes | None = None
         self._reparse: bytes | None = None
-        self._head_bytes = 0
+        self._head_bytes = 0  # at most so many have come of an unfinished head
+        self._head_pieces: list[bytes] = []
         self._head_since_s = 0.0
         self._is_in_head = False
         self._has_parsed_head = False
@@ -149,18 +151,17 @@ class Downstream(asyncio.Protocol):
             return
         if self._is_deaf:
             return
-        if not self._is_in_head and self._filling is None:
-            self._head_bytes = 0
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             self._upgrade(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
             self._is_deaf_or_fatal(exc)
-        if self._is_in_head:
+        if self._is_in_head and not self._is_deaf:
             self._head_bytes += len(data)
-            if self._head_bytes > self._front.settings.head_bytes_max and not self._is_deaf:
-                self._fail_after(_too_large(self._url, self._front.settings.head_bytes_max))
+            self._head_pieces.append(data)
+            if self._head_bytes > self._front.settings.head_bytes_max:
+                self._measure_head()
         self._advance()
 
     def eof_received(self) -> bool:
@@ -195,6 +196,9 @@ class Downstream(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
+        self._head_bytes = 0
+        if self._head_pieces:
+            self._head_pieces.clear()
         self._head_since_s = self._front.now_s
         self._url = b""
         self._fields = []
@@ -217,6 +221,11 @@ class Downstream(asyncio.Protocol):
         fields = self._fields
         if len(fields) > settings.headers_max:
             raise RequestError(Problem.TOO_LARGE, f"over {settings.headers_max} header fields", status=431)
+        size = len(self._url)
+        for name, value in fields:
+            size += len(name) + len(value)
+        if size > settings.head_bytes_max:
+            raise self._too_large()
         assert self._forwarder is not None
         method = parser.get_method()
         head = read_request(method, self._url, parser.get_http_version(), fields, front.kinds, self._forwarder)
@@ -260,7 +269,6 @@ class Downstream(asyncio.Protocol):
         if exchange is not None:
             self._filling = None
             exchange.body_ended()
-        self._head_bytes = 0
         self._mark_s = self._front.now_s
 
     # --- turns
@@ -403,6 +411,27 @@ class Downstream(asyncio.Protocol):
         else:
             broken.refuse_body(error)
 
+    def _measure_head(self) -> None:
+        """The unfinished head may be too large; or the packet in which it began had other requests before it."""
+        begun = b"".join(self._head_pieces).rpartition(b"\r\n")[2]
+        self._head_bytes = len(begun)
+        if self._fields:
+            self._head_bytes += len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._fields)
+        if self._head_bytes > self._front.settings.head_bytes_max:
+            self._fail_after(self._too_large(*begun.partition(b":")[::2]))
+
+    def _too_large(self, name: bytes = b"", value: bytes = b"") -> RequestError:
+        """Why the head is too large: its key is, if a key can be seen. `name` and `value`: the field that was cut."""
+        key_headers = self._front.rules.headers
+        values = [each for field, each in (*self._fields, (name, value)) if field.lower() in key_headers]
+        try:
+            self._front.rules.find(self._url, values)
+        except RequestError as exc:
+            if exc.kind == Problem.KEY_TOO_LONG:
+                return exc
+        limit = self._front.settings.head_bytes_max
+        return RequestError(Problem.TOO_LARGE, f"a request's head may have {limit} bytes", status=431)
+
     def _refuse(self, error: RequestError) -> None:
         self._fatal = None
         self._front.counts.others[_OUTCOMES.get(error.kind, "bad-request")] += 1
@@ -476,11 +505,6 @@ _OUTCOMES: Final[dict[str, str]] = {
 
 def _no_key(rules: KeyRules) -> str:
     return f"the request has no key; it is looked for in {', '.join(rules.texts) or 'no place at all'}"
-
-
-def _too_large(url: bytes, head_bytes_max: int) -> RequestError:
-    detail = f"a request's head may have {head_bytes_max} bytes, and a key 2048"
-    return RequestError(Problem.TOO_LARGE, detail, status=414 if len(url) * 2 > head_bytes_max else 431)
 
 
 def _without_upgrade(method: bytes, target: bytes, fields: list[tuple[bytes, bytes]]) -> bytes:

@@ -268,6 +268,12 @@ class Exchange:
         self.state = WAITING
         pool.take(self, must_be_alive=must_be_alive)
 
+    def take_back(self) -> bool:
+        """Whether it was still waiting for a connection; then it waits for none any more."""
+        if self.state != WAITING or self.pool is None:
+            return False
+        return self.pool.withdraw(self)
+
     def detach(self) -> None:
         """What its worker still has to say does not matter any more."""
         connection = self.connection

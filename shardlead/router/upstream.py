@@ -9,7 +9,6 @@ another one is taken, so that what was sent into the void is never "maybe proces
 """
 
 import asyncio
-import contextlib
 import logging
 import select
 import socket
@@ -352,10 +351,13 @@ class Pool:
         self.waiting.append(taker)
         self._open_more()
 
-    def withdraw(self, taker: Taker) -> None:
-        """It does not wait any more."""
-        with contextlib.suppress(ValueError):
+    def withdraw(self, taker: Taker) -> bool:
+        """It does not wait any more; False if it did not."""
+        try:
             self.waiting.remove(taker)
+        except ValueError:
+            return False
+        return True
 
     def give_back(self, connection: Upstream) -> None:
         """An answer was received whole."""

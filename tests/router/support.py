@@ -62,10 +62,10 @@ class Request:
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.headers.get("transfer-encoding") == "chunked":
             parts = []
-            while size := int((await self.reader.readline()).split(b";")[0], 16):
+            while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 parts.append(await self.reader.readexactly(size))
                 assert await self.reader.readexactly(2) == b"\r\n"
-            assert await self.reader.readline() == b"\r\n"
+            assert await self.reader.readexactly(2) == b"\r\n"
             self.body = b"".join(parts)
         else:
             self.body = await self.reader.readexactly(int(self.headers.get("content-length", "0")))

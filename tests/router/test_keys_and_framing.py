@@ -1,0 +1,271 @@
+"""What a request must not be: without a key, with two, or readable in two ways."""
+
+import asyncio
+
+import pytest
+
+from tests.router.support import Request, request_bytes, run, stage
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "status", "problem"),
+    [
+        ("/x", {}, 400, "key-missing"),
+        ("/k/", {}, 400, "key-missing"),
+        ("/x", {"X_Shard_Key": ""}, 400, "key-missing"),
+        ("/k/a", {"X_Shard_Key": "b"}, 400, "key-ambiguous"),
+        ("/k/a?key=b", {}, 400, "key-ambiguous"),
+        ("/k/" + "a" * 2049, {}, 400, "key-too-long"),
+        ("/x", {"X_Shard_Key": "a" * 65_536}, 400, "key-too-long"),
+        ("/k/" + "a" * 65_536, {}, 400, "key-too-long"),
+        ("/x?key=" + "a" * 65_536, {}, 400, "key-too-long"),
+        ("/x", {"X_Other": "a" * 65_536}, 431, "too-large"),
+        ("/k/%zz", {}, 400, "bad-request"),
+    ],
+)
+def test_a_bad_key_is_refused_with_its_own_problem(
+    target: str, headers: dict[str, str], status: int, problem: str
+) -> None:
+    """The answer names what is wrong; no worker sees the request."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            for method, body in (("GET", b""), ("POST", b"body")):
+                answer = await here.ask(method, target, body, **headers)
+                assert (answer.status, answer.problem) == (status, problem)
+            assert not worker.requests
+
+    run(main)
+
+
+def test_a_refused_request_leaves_its_connection_usable() -> None:
+    """A bad key is no reason to close: the framing was good."""
+
+    async def main() -> None:
+        async with stage() as here:
+            await here.lead(await here.start("w1"))
+            client = await here.client()
+            for _ in range(2):
+                assert (await client.ask("POST", "/x", b"body")).problem == "key-missing"
+                assert (await client.ask("POST", "/k/a", b"body")).status == 200
+
+    run(main)
+
+
+@pytest.mark.parametrize("text", ["a/b", "a+b", "é", "日本", "a%2Fb", "a b", "a&b=c"])
+def test_a_key_is_the_same_in_path_query_and_header(text: str) -> None:
+    """Whatever the spelling, the worker is told one key and one shard: that of the client's str."""
+    from urllib.parse import quote
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            quoted = quote(text, safe="")
+            client = await here.client()
+            await client.send(b"GET /x HTTP/1.1\r\nHost: a\r\nX-Shard-Key: %b\r\n\r\n" % text.encode())
+            assert (await client.answer()).status == 200
+            assert (await client.ask("GET", f"/k/{quoted}")).status == 200
+            assert (await client.ask("GET", f"/x?key={quoted}")).status == 200
+            assert {request.headers["shardlead-key"] for request in worker.requests} == {quoted}
+            assert {request.shard for request in worker.requests} == {here.shard_of(text)}
+
+    run(main)
+
+
+HEAD = b"Host: a\r\nX-Shard-Key: a\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+BAD_FRAMING = {
+    "two lengths": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+    "length list": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: 3, 3\r\n\r\nabc",
+    "length with sign": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: +3\r\n\r\nabc",
+    "length negative": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: -3\r\n\r\nabc",
+    "length empty": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length:\r\n\r\nabc",
+    "length too large": b"POST / HTTP/1.1\r\n" + HEAD + b"Content-Length: 99999999999999999999999\r\n\r\nabc",
+    "length and chunked": b"POST / HTTP/1.1\r\n"
+    + HEAD
+    + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked and length": b"POST / HTTP/1.1\r\n"
+    + HEAD
+    + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+    "coding twice": b"POST / HTTP/1.1\r\n"
+    + HEAD
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "coding unknown": b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "coding not last": b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+    "coding misspelled": b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "coding identity": b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+    "coding behind VT": b"POST / HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "coding in HTTP/1.0": b"POST / HTTP/1.0\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "bare LF in fields": b"GET / HTTP/1.1\r\nHost: a\nX-Shard-Key: a\r\n\r\n",
+    "bare LF first line": b"GET / HTTP/1.1\nHost: a\r\nX-Shard-Key: a\r\n\r\n",
+    "bare LF at the end": b"GET / HTTP/1.1\r\n" + HEAD + b"\n",
+    "bare CR": b"GET / HTTP/1.1\r\nHost: a\rX-Shard-Key: a\r\n\r\n",
+    "folded field": b"GET / HTTP/1.1\r\n" + HEAD + b"X: y\r\n z\r\n\r\n",
+    "folded first": b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
+    "space before colon": b"GET / HTTP/1.1\r\n" + HEAD + b"Content-Length : 3\r\n\r\nabc",
+    "empty name": b"GET / HTTP/1.1\r\n" + HEAD + b": a\r\n\r\n",
+    "NUL in a value": b"GET / HTTP/1.1\r\n" + HEAD + b"X: a\0b\r\n\r\n",
+    "control in a value": b"GET / HTTP/1.1\r\n" + HEAD + b"X: a\x01b\r\n\r\n",
+    "control in the target": b"GET /a\x01 HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "raw bytes in the target": b"GET /\xc3\xa9 HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "fragment": b"GET /a#b HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "target not a path": b"GET ftp://a/ HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "CONNECT": b"CONNECT a:80 HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "no Host": b"GET / HTTP/1.1\r\nX-Shard-Key: a\r\n\r\n",
+    "two Hosts": b"GET / HTTP/1.1\r\nHost: b\r\n" + HEAD + b"\r\n",
+    "Host is none": b"GET / HTTP/1.1\r\nHost: a/b\r\nX-Shard-Key: a\r\n\r\n",
+    "version unknown": b"GET / HTTP/1.2\r\n" + HEAD + b"\r\n",
+    "version 2": b"GET / HTTP/2.0\r\n" + HEAD + b"\r\n",
+    "version 0.9": b"GET /\r\n\r\n",
+    "version 2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "method in lower case": b"get / HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "method unknown": b"FOO / HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "expectation unknown": b"POST / HTTP/1.1\r\n" + HEAD + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc",
+    "Upgrade empty": b"POST / HTTP/1.1\r\n" + HEAD + b"Connection: upgrade\r\nUpgrade:\r\nContent-Length: 3\r\n\r\nabc",
+    "chunk size not hex": CHUNKED + b"x\r\nabc\r\n0\r\n\r\n",
+    "chunk size 0x": CHUNKED + b"0x3\r\nabc\r\n0\r\n\r\n",
+    "chunk size signed": CHUNKED + b"+3\r\nabc\r\n0\r\n\r\n",
+    "chunk size negative": CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n",
+    "chunk size behind a space": CHUNKED + b" 3\r\nabc\r\n0\r\n\r\n",
+    "chunk size before a space": CHUNKED + b"3 \r\nabc\r\n0\r\n\r\n",
+    "chunk size overflow": CHUNKED + b"ffffffffffffffff1\r\nabc\r\n0\r\n\r\n",
+    "chunk size empty": CHUNKED + b"\r\nabc\r\n0\r\n\r\n",
+    "chunk line bare LF": CHUNKED + b"3\nabc\r\n0\r\n\r\n",
+    "chunk data bare LF": CHUNKED + b"3\r\nabc\n0\r\n\r\n",
+    "chunk data too long": CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
+    "chunk data unended": CHUNKED + b"3\r\nabc0\r\n\r\n",
+    "chunk extension with LF": CHUNKED + b"3;a\nb\r\nabc\r\n0\r\n\r\n",
+    "chunk extension with control": CHUNKED + b"3;\x01\r\nabc\r\n0\r\n\r\n",
+    "length among trailers": CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 0], ids=["at once", "byte by byte"])
+def test_what_can_be_read_in_two_ways_is_refused_and_the_connection_closed(pieces: int) -> None:
+    """Each of these gets one 4xx or 5xx and the connection ends; a request smuggled behind it is never served; the
+    whole requests before it are."""
+
+    async def main() -> None:
+        async with stage(head_timeout_s=5.0) as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            for name, raw in BAD_FRAMING.items():
+                client = await here.client()
+                before = len(worker.requests)
+                data = request_bytes("GET", "/k/before") + raw + request_bytes("GET", "/k/smuggled")
+                if pieces:
+                    await client.send(data)
+                else:
+                    for at in range(len(data)):
+                        client.writer.write(data[at : at + 1])
+                        if at % 8 == 0:
+                            await asyncio.sleep(0)
+                assert (await client.answer()).status == 200, name
+                answer = await client.answer()
+                assert answer.status in (400, 417, 501, 505), name
+                assert answer.problem == "bad-request", name
+                assert answer.headers["connection"] == "close", name
+                client.writer.write_eof()
+                assert await client.closed(), name
+                # a large or chunked body may have been announced to the worker, but none of it was let through
+                for request in worker.requests[before + 1 :]:
+                    assert request.expects_continue, name
+                    assert not request.body, name
+                assert not any("smuggled" in request.target for request in worker.requests), name
+            await here.true(lambda: not here.router.desk.gates and here.router.counts.kept_bytes == 0)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+        b"HTTP/1.1 200 OK\nContent-Length: 2\r\n\r\nok",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nok",
+    ],
+)
+def test_a_workers_nonsense_never_reaches_a_client(raw: bytes) -> None:
+    """It counts as a broken connection: a POST's outcome is unknown, and that worker's connection is not used again."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: request.send(raw))
+            await here.lead(worker)
+            answer = await here.ask("POST", "/k/a")
+            assert (answer.status, answer.problem) == (502, "outcome-unknown")
+            assert len(worker.requests) == 1
+
+    run(main)
+
+
+def test_an_answer_nobody_asked_for_is_given_to_nobody() -> None:
+    """Two answers to one request: the first passes, the second is thrown away with its connection."""
+
+    async def twice(request: Request) -> None:
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n2"
+        )
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", twice)
+            await here.lead(worker)
+            client = await here.client()
+            for count in range(1, 4):
+                assert (await client.ask("POST")).body == b"1"
+                assert worker.connections == count
+
+    run(main)
+
+
+def test_limits_have_answers() -> None:
+    """Fields, body and connections beyond their limits are refused, each with its status."""
+
+    async def main() -> None:
+        async with stage(headers_max=10, body_bytes_max=100_000, connections_per_peer_max=3) as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            answer = await here.ask("GET", "/k/a", b"", **{f"X_{number}": "y" for number in range(10)})
+            assert (answer.status, answer.problem) == (431, "too-large")
+            answer = await here.ask("POST", "/k/a", bytes(100_001))
+            assert (answer.status, answer.problem) == (413, "too-large")
+            assert not worker.requests
+            client = await here.client()
+            await client.send(
+                request_bytes("POST", "/k/a", Transfer_Encoding="chunked") + b"186A1\r\n" + bytes(100_001)
+            )
+            answer = await client.answer()
+            assert (answer.status, answer.problem) == (413, "too-large")
+            for each in here.clients:
+                each.leave()
+            await here.true(lambda: here.router.counts.client_connections == 0)
+            clients = [await here.client() for _ in range(4)]
+            answer = await clients[3].answer()
+            assert (answer.status, answer.problem) == (503, "overloaded")
+            assert answer.headers["retry-after"]
+            assert await clients[3].closed()
+            assert (await clients[0].ask()).status == 200
+
+    run(main)
+
+
+def test_a_head_that_does_not_come_is_answered_and_idle_connections_close() -> None:
+    """Slow heads get a 408; a connection without a request is closed in order."""
+
+    async def main() -> None:
+        async with stage(head_timeout_s=0.2, idle_timeout_s=0.2) as here:
+            client = await here.client()
+            await client.send(b"GET / HTTP/1.1\r\nHost")
+            answer = await client.answer()
+            assert (answer.status, answer.problem) == (408, "timed-out")
+            client = await here.client()
+            assert await client.closed()
+
+    run(main)
