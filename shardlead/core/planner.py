@@ -363,7 +363,7 @@ class _Planning:
         """How many shards each worker should lead in the end."""
         pinned = dict.fromkeys(self.fleet.members, 0)
         for shard, name in self.fleet.pins.items():
-            if 0 <= shard < self.snapshot.shards and self.home[shard] == name:
+            if name in pinned and 0 <= shard < self.snapshot.shards and self.home[shard] == name:
                 pinned[name] += 1
         have = dict(self.counts)  # as it will be after the moves under way: who has its rest of a division keeps it
         for shard in under_way:
