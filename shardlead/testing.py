@@ -177,6 +177,10 @@ class LocalCluster:
         self._exit.push_async_callback(self._stop_listening)
         await self._start_store()
         workers, routers, controllers = self._counts
+        if not workers:  # routers and controllers wait for a cluster that a worker or this command has made
+            code, out, err = await self.command("init")
+            if code != 0:
+                raise ProcessFailed("shardlead init", f"ended with code {code}", out + err)
         roles: list[Coroutine[Any, Any, Process]] = [self._start_worker(self._next_name()) for _ in range(workers)]
         roles += [self._start_role("router", number + 1) for number in range(routers)]
         roles += [self._start_role("controller", number + 1) for number in range(controllers)]
@@ -247,7 +251,9 @@ class LocalCluster:
     async def command(self, *words: str, timeout_s: float = 20.0) -> tuple[int, str, str]:
         """Run `shardlead WORDS…` against this cluster; exit code, stdout, stderr."""
         process = await asyncio.create_subprocess_exec(
-            *shardlead_command(*words, *self.flags),
+            *shardlead_command(
+                *words, *self.flags, *settings_flags({"cluster.shards": self.settings["cluster.shards"]})
+            ),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
