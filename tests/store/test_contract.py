@@ -135,7 +135,8 @@ def contract(story: Story) -> Callable[[Server], None]:
     """Make a test of a story: bounded in time, on every kind of server."""
 
     async def told(server: Server) -> None:
-        settings = StoreSettings(endpoints=(server.url,))
+        # patient, so that a busy machine makes no Unknown out of an answer
+        settings = StoreSettings(endpoints=(server.url,), try_timeout_s=8.0, call_timeout_s=8.0)
         async with EtcdStore(settings, clock=SystemClock(), rng=random.Random(1)) as store:
             world = World(store, server, f"/{story.__name__}/".encode())
             async with asyncio.timeout(STORY_TIMEOUT_S):
@@ -466,7 +467,7 @@ async def test_a_lease_without_renewal_ends_after_its_time_and_takes_its_keys(wo
         while not batch.events:
             batch = await anext(aiter(watch))
         lived_s = (clock.now_ns() - sent_ns) / NS_PER_S
-    assert 2.0 <= lived_s < 4.0
+    assert 2.0 <= lived_s < 6.0
     assert [(event.is_delete, event.kv.key) for event in batch.events] == [
         (True, world.key("a")),
         (True, world.key("b")),

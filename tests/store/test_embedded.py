@@ -211,14 +211,14 @@ def test_a_frozen_server_ends_no_lease_whose_renewal_is_waiting() -> None:
                     renewal = asyncio.create_task(waiting)
                     await asyncio.sleep(2.5)  # time itself is what is tested
                 finally:
+                    thawed_s = time.monotonic()
                     process.thaw()
                 assert b'"TTL":"2"' in (await renewal)[1]
-                thawed_s = time.monotonic()
                 create = {"key": b64("k"), "start_revision": "3"}
                 async with http.post("/v3/watch", json={"create_request": create}) as watch:
                     await watch.content.readline()
                     assert b'"DELETE"' in await watch.content.readline()
-                assert 1.9 <= time.monotonic() - thawed_s < 4
+                assert 2.0 <= time.monotonic() - thawed_s < 6
 
         asyncio.run(story())
 
@@ -386,7 +386,7 @@ def test_a_watcher_that_does_not_read_holds_up_nobody() -> None:
         async with served(store) as url, aiohttp.ClientSession(url, read_bufsize=2**16) as http:
             create = {"create_request": {"key": b64("a"), "start_revision": "2"}}
             async with http.post("/v3/watch", json=create) as lazy:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     for _ in range(count):
                         async with http.post("/v3/kv/put", json={"key": b64("a"), "value": b64(value)}) as response:
                             assert response.status == 200
@@ -427,8 +427,9 @@ def test_a_quiet_watch_with_progress_notify_tells_how_far_it_is() -> None:
     asyncio.run(story())
 
 
-def test_stopping_is_quick_with_watches_open_and_cancelled_ones() -> None:
-    """None of them keeps the server from ending, and each ends as a stream should."""
+def test_watches_do_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open ones, cancelled ones: none keeps the server from ending, and each ends as a stream should."""
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 60.0)  # whoever had to be waited for would show
 
     async def story() -> None:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -436,11 +437,10 @@ def test_stopping_is_quick_with_watches_open_and_cancelled_ones() -> None:
         async with aiohttp.ClientSession(await ready) as http:
             asked = [raw for raw, _ in recording.WATCHES]
             watches = [await http.post("/v3/watch", json=raw) for raw in asked]
-            before = time.monotonic()
             serving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await serving
-            assert time.monotonic() - before < embedded.STOP_TIMEOUT_S
+            async with asyncio.timeout(20):
+                with pytest.raises(asyncio.CancelledError):
+                    await serving
             for watch in watches:
                 await watch.read()
 

@@ -8,6 +8,7 @@ Never starts anything at import, never kills a process that it did not start, ne
 
 import contextlib
 import datetime
+import functools
 import http.client
 import ipaddress
 import os
@@ -65,6 +66,7 @@ def etcd_binary(kind: str) -> Path:
     pytest.skip(reason)
 
 
+@functools.cache
 def _minor_version(binary: Path) -> str:
     text = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     return ".".join(text.split("etcd Version:")[1].split()[0].split(".")[:2])
@@ -245,12 +247,19 @@ class EtcdCluster:
         for member in self.members:
             member.wait_ready()
 
-    def leader(self) -> EtcdMember:
-        """The member that leads raft now."""
-        for member in self.members:
-            status = member.call("/v3/maintenance/status", {})
-            if status["leader"] == status["header"]["member_id"]:
-                return member
+    def leader(self, timeout_s: float = READY_TIMEOUT_S) -> EtcdMember:
+        """The member that leads raft now; waits for an election that is under way. Members that do not run or do
+        not answer cannot be it."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for member in self.members:
+                if member.process is None:
+                    continue
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status = member.call("/v3/maintenance/status", {})
+                    if status.get("leader") == status["header"]["member_id"]:
+                        return member
+            time.sleep(_POLL_S)
         raise AssertionError("no member says that it leads")
 
     def enable_auth(self, password: str = "secret", users: Mapping[str, str] | None = None) -> str:
