@@ -1,0 +1,306 @@
+"""Bodies too large to be kept, and connections that change their protocol."""
+
+import asyncio
+import hashlib
+import os
+
+import pytest
+
+from tests.router.support import Request, Stage, request_bytes, run, stage
+
+MIB = 1_048_576
+
+
+async def post_slowly(here: Stage, body: bytes, piece: int = 262_144) -> tuple[int, bytes]:
+    """POST a body as fast as the router takes it; status and answer."""
+    client = await here.client()
+
+    async def send() -> None:
+        await client.send(
+            request_bytes("POST", "/k/a", Content_Length=str(len(body))).replace(b"Content-Length: 0\r\n", b"")
+        )
+        for at in range(0, len(body), piece):
+            await client.send(body[at : at + piece])
+
+    sending = asyncio.create_task(send())
+    answer = await client.answer()
+    await sending
+    return answer.status, answer.body
+
+
+def test_a_10_mb_post_that_meets_a_drain_arrives_whole_at_the_next_leader() -> None:
+    """The draining leader refuses without a 100, so not a byte of the body was lost on it; the client is held back
+    until another leads, and never notices."""
+
+    async def main() -> None:
+        async with stage() as here:
+            old = await here.start("w1", lambda request: request.refuse("draining"))
+            new = await here.start("w2", _digest)
+            await here.lead(old)
+            body = os.urandom(10 * MIB)
+            asking = asyncio.create_task(post_slowly(here, body))
+            await old.received(1)
+            await here.held(1)
+            assert old.requests[0].expects_continue
+            assert old.requests[0].headers["content-length"] == str(len(body))
+            assert here.router.counts.kept_bytes < MIB, "the rest is held back at the client"
+            await here.lead(new)
+            assert await asking == (200, hashlib.sha256(body).hexdigest().encode())
+            assert here.router.counts.kept_bytes == 0
+            await here.true(lambda: not old.open)  # closed: the refused request was never finished there
+
+    run(main)
+
+
+async def _digest(request: Request) -> None:
+    body = await request.read_body()
+    await request.answer(200, hashlib.sha256(body).hexdigest().encode())
+
+
+def test_a_large_post_waits_for_a_leader_at_the_client() -> None:
+    """On hold a large body costs the router no more than the part that is kept anyway; many do not either."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", _digest)
+            body = os.urandom(3 * MIB)
+            asking = [asyncio.create_task(post_slowly(here, body)) for _ in range(5)]
+            await here.held(5)
+            assert here.router.counts.kept_bytes <= 5 * 512 * 1024
+            await here.lead(worker)
+            expected = (200, hashlib.sha256(body).hexdigest().encode())
+            assert await asyncio.gather(*asking) == [expected] * 5
+            assert worker.connections <= 5
+
+    run(main)
+
+
+def test_a_large_body_flows_only_as_fast_as_the_worker_reads() -> None:
+    """Back-pressure upwards: the client stands still while the worker does."""
+
+    async def main() -> None:
+        async with stage() as here:
+            go = asyncio.Event()
+
+            async def slow(request: Request) -> None:
+                await request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await go.wait()
+                size = int(request.headers["content-length"])
+                got = 0
+                while got < size:
+                    got += len(await request.reader.read(MIB))
+                await request.answer(200, b"%d" % got)
+
+            await here.lead(await here.start("w1", slow))
+            client = await here.client()
+            size = 64 * MIB
+            sent = 0
+
+            async def send() -> None:
+                nonlocal sent
+                await client.send(b"POST /k/a HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size)
+                while sent < size:
+                    await client.send(bytes(MIB))
+                    sent += MIB
+
+            sending = asyncio.create_task(send())
+            before = -1
+            while sent != before or not sent:
+                before = sent
+                await asyncio.sleep(0.1)
+            assert sent < size // 2
+            go.set()
+            assert (await client.answer()).body == b"%d" % size
+            await sending
+
+    run(main)
+
+
+def test_a_client_that_asks_first_is_told_to_go_on_by_the_worker() -> None:
+    """Expect: 100-continue of a large body is answered when the worker has admitted the request, of a short one at
+    once."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            for size in (100, 100_000):
+                client = await here.client()
+                head = request_bytes("POST", "/k/a", Expect="100-continue", Content_Length=str(size))
+                await client.send(head.replace(b"Content-Length: 0\r\n", b""))
+                if size > 65_536:
+                    await here.held(1)
+                    await here.lead(worker)
+                assert (await client.head()).status == 100
+                await client.send(bytes(size))
+                if size < 65_536:
+                    await here.held(1)
+                    await here.lead(worker)
+                assert (await client.answer()).json["body"] == size
+                await here.gone(worker)
+                worker = await here.start(f"w{size}")
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_a_worker_that_answers_without_asking_for_the_body_is_passed_on(size: int) -> None:
+    """413 without a 100: the client gets it, the rest of its body is thrown away and its connection closed, the
+    worker's too."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: request.answer(413, b"too much"))
+            await here.lead(worker)
+            client = await here.client()
+            head = request_bytes("POST", "/k/a", Content_Length=str(size)).replace(b"Content-Length: 0\r\n", b"")
+            await client.send(head + bytes(size if size < 65_536 else 70_000))
+            answer = await client.answer()
+            assert (answer.status, answer.body) == (413, b"too much")
+            if size > 65_536:
+                assert answer.headers["connection"] == "close"
+                assert await client.closed()
+                await here.true(lambda: not worker.open)
+
+    run(main)
+
+
+def test_a_refusal_after_a_100_is_the_end_of_a_large_body() -> None:
+    """What was let through is gone: 503 that says it was not processed; a broken connection: 502 outcome-unknown, GET
+    or not."""
+
+    async def main() -> None:
+        async with stage() as here:
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                if request.number == 0:
+                    await request.refuse("stale")
+                else:
+                    await request.close()
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            answer = await here.ask("POST", "/k/a", bytes(100_000))
+            assert (answer.status, answer.problem) == (503, "not-led")
+            await here.lead(worker)
+            answer = await here.ask("POST", "/k/a", bytes(100_000))
+            assert (answer.status, answer.problem) == (502, "outcome-unknown")
+            assert len(worker.requests) == 2
+
+    run(main)
+
+
+def test_a_body_that_stands_still_is_given_up() -> None:
+    """A short body that stops arriving is a 408; of a long one under way, too; the worker's connection ends."""
+
+    async def main() -> None:
+        async with stage(body_progress_timeout_s=0.3) as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            for size in (100, 100_000):
+                client = await here.client()
+                head = request_bytes("POST", "/k/a", Content_Length=str(size)).replace(b"Content-Length: 0\r\n", b"")
+                await client.send(head + b"begun")
+                answer = await client.answer()
+                assert (answer.status, answer.problem) == (408, "timed-out")
+            await here.true(lambda: not worker.open)
+
+    run(main)
+
+
+# --- tunnels
+
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Key": "k"}
+
+
+async def _switch(request: Request) -> None:
+    if request.headers.get("upgrade") != "websocket":
+        await request.read_body()
+        await request.answer(200, b"plain")
+        return
+    assert request.headers["connection"].lower() == "upgrade"
+    await request.send(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Accept: v\r\n\r\nhello"
+    )
+    while data := await request.reader.read(65_536):
+        await request.send(data.upper())
+    raise ConnectionError
+
+
+def test_an_upgraded_connection_is_a_tunnel() -> None:
+    """After 101 bytes pass both ways as they are; what was sent along with either head is not lost."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", _switch)
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(request_bytes("GET", "/k/a", b"", **UPGRADE) + b"early")
+            answer = await client.answer()
+            assert answer.status == 101
+            assert answer.headers == {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-accept": "v"}
+            assert await client.reader.readexactly(10) == b"helloEARLY"
+            big = b"x" * (4 * MIB)
+            sending = asyncio.create_task(client.send(big))
+            assert await client.reader.readexactly(len(big)) == big.upper()
+            await sending
+            assert here.router.counts.tunnels == 1
+            client.leave()
+            await here.true(lambda: here.router.counts.tunnels == 0 and not worker.open)
+
+    run(main)
+
+
+def test_a_tunnel_closes_when_its_shard_moves() -> None:
+    """Whoever speaks to an old leader must come again to find the new one; tunnels of other shards stay."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", _switch)
+            await here.lead(worker)
+            shard = here.shard_of("a")
+            other = next(key for key in "bcdefghij" if here.shard_of(key) != shard)
+            clients = []
+            for key in ("a", other):
+                client = await here.client()
+                await client.send(request_bytes("GET", f"/k/{key}", b"", **UPGRADE))
+                assert (await client.answer()).status == 101
+                assert await client.reader.readexactly(5) == b"hello"
+                clients.append(client)
+            await here.lead(await here.start("w2"), shard)
+            assert await clients[0].closed()
+            await clients[1].send(b"still here")
+            assert await clients[1].reader.readexactly(10) == b"STILL HERE"
+
+    run(main)
+
+
+def test_an_upgrade_that_is_not_granted_stays_http() -> None:
+    """Another answer than 101 leaves the connection what it was, requests sent behind it included; h2c, and an
+    Upgrade with a body, are never asked of the worker."""
+
+    async def main() -> None:
+        async with stage() as here:
+
+            async def plain(request: Request) -> None:
+                body = await request.read_body()
+                await request.answer(200, b"%b %b" % (request.headers.get("upgrade", "-").encode(), body))
+
+            worker = await here.start("w1", plain)
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(request_bytes("GET", "/k/a", b"", **UPGRADE) + request_bytes("POST", "/k/a", b"next"))
+            assert (await client.answer()).body == b"websocket "
+            assert (await client.answer()).body == b"- next"
+            h2c = {"Connection": "keep-alive, Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2_Settings": "AAMAAABk"}
+            await client.send(request_bytes("POST", "/k/a", b"body", **h2c) + request_bytes("GET", "/k/a"))
+            assert (await client.answer()).body == b"- body"
+            assert (await client.answer()).body == b"- "
+            await client.send(request_bytes("POST", "/k/a", b"body", **UPGRADE))
+            assert (await client.answer()).body == b"- body"
+            assert (await client.ask()).status == 200
+            assert worker.connections == 1
+            assert "http2-settings" not in worker.requests[2].headers
+
+    run(main)
