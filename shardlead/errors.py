@@ -106,11 +106,14 @@ class StoreRejected(StoreError):
 
 
 class Compacted(StoreRejected):
-    """The revision asked for is no longer kept. Load again from the present."""
+    """The revision asked for is no longer kept. Load again from the present. `compact_revision` is 0 where the store
+    does not say up to where."""
 
     def __init__(self, compact_revision: int) -> None:
         self.compact_revision = compact_revision
-        super().__init__(11, f"revision compacted up to {compact_revision}")
+        super().__init__(
+            11, f"revision compacted up to {compact_revision}" if compact_revision else "revision compacted"
+        )
 
 
 class StoreReplaced(StoreRejected):
