@@ -514,6 +514,60 @@ def test_a_restarted_store_is_followed_again(etcd: EtcdCluster) -> None:
     asyncio.run(main())
 
 
+OPERATIONS = 240
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mirror_is_right_at_every_revision(etcd: EtcdCluster, seed: int) -> None:
+    """Whatever is written and however often the watch breaks meanwhile: what it shows at a revision is the range at
+    that revision, a compaction in between included."""
+
+    async def main() -> None:
+        dice = random.Random(seed)
+        async with _followed(etcd.url) as followed:
+            store, transport = followed.store, followed.transport
+            shown: dict[int, dict[bytes, KeyValue]] = {}
+            take = followed.mirror._on_change
+
+            def note(change: Change) -> None:
+                take(change)
+                shown[change.revision] = dict(followed.kvs)
+
+            followed.mirror._on_change = note
+            compacted = revision = 0
+            for number in range(OPERATIONS):
+                keys = [PREFIX + b"%d" % at for at in dice.sample(range(12), dice.randint(1, 3))]
+                revision = await _write(
+                    store, *(Put(key, b"%d" % number) if dice.random() < 0.7 else Delete(key) for key in keys)
+                )
+                match dice.randrange(24):
+                    case 0 | 1:
+                        transport.cut()
+                    case 2 | 3:
+                        transport.is_open.set()
+                    case 4:
+                        transport.lines_max = dice.randint(1, 4)  # of the next stream
+                    case 5:
+                        followed.mirror.distrust("a throw of the dice")
+                    case 6 if number > OPERATIONS / 2 and not compacted:
+                        compacted = revision - 5
+                        await asyncio.to_thread(etcd.call, "/v3/kv/compaction", {"revision": str(compacted)})
+                    case _:
+                        pass
+            transport.is_open.set()
+            revision = await _write(store, Put(PREFIX + b"end", b""))
+            await followed.is_at(revision)
+            await followed.is_exact()
+            checked = [at for at in shown if at > compacted]
+            for at in checked:
+                standing = await store.read(Range(PREFIX, END, revision=at))
+                assert shown[at] == {kv.key: kv for kv in standing.kvs}
+            assert checked
+
+    asyncio.run(main())
+
+
 @pytest.mark.etcd
 def test_a_member_without_a_leader_ends_its_watches() -> None:
     """Of three members two freeze: the third ends the watch by itself (that is what the header is for), long before
