@@ -13,21 +13,16 @@ client. Idle connections are left for the router to close. This module decides n
 import asyncio
 import errno
 import logging
-import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, assert_never
-from urllib.parse import unquote_to_bytes
 
-import orjson
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from shardlead.clock import NS_PER_S, Clock
-from shardlead.config import WorkerSettings
+from shardlead.config import WORKER_IDLE_TIMEOUT_S, WorkerSettings
 from shardlead.core import contract
 from shardlead.core.contract import Refused
 from shardlead.core.ownership import FencedOff, Serving
@@ -37,33 +32,34 @@ from shardlead.worker.application import Description, Hosted
 from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
 from shardlead.worker.host import Admitted, Host, Parked, Turned
 from shardlead.worker.tenure import Tenure
+from shardlead.worker.wire import (
+    Call,
+    announces_body,
+    application_error,
+    outcome_unknown,
+    problem,
+    read_call,
+    refusal,
+)
 
-_log = logging.getLogger("shardlead.worker.http")
+log = logging.getLogger("shardlead.http")
 
-KEEPALIVE_TIMEOUT_S: Final = 75.0  # longer than any router's: upstream_idle_timeout_s is 30 s, checked to be below 75
 FIELD_BYTES_MAX: Final = 262_144  # one line or header field; a router's whole head is 32 KiB by default
 HEADERS_MAX: Final = 1_024  # a router allows 100 by default and adds fewer than ten
 BACKLOG: Final = 1_024  # connections that wait to be accepted when many routers come at once
 CLOSE_TIMEOUT_S: Final = 1.0  # for answers still under way when the server closes; drained work has ended before
 
-_KEY: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})+")  # visible ASCII; each % begins an escape
-_NUMBER: Final = re.compile(r"[0-9]{1,16}")  # an epoch is below 2**53
-
-_NONE: Final[list[str]] = []
-
-_ROUTER_HINT: Final = (
-    "this is a worker: it takes requests from a shardlead router or the smart client, which say shard and epoch in "
-    "Shardlead-* headers. Send yours to the router's port."
+OUTCOMES: Final = (
+    "answered",
+    "application-error",
+    "stale",
+    "draining",
+    "unknown",
+    "suspended",
+    "outcome-unknown",
+    "cancelled",
+    "bad-request",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What the router says about a request, checked."""
-
-    shard: int
-    epoch: int
-    expects_continue: bool
 
 
 class Front:
@@ -82,7 +78,7 @@ class Front:
         self._host = host
         self._application = application
         self._clock = clock
-        self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in _OUTCOMES}
+        self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in OUTCOMES}
         self._duration = metrics.request_duration
         self._failures = metrics.application_failures.labels("handle")
         self._running = 0
@@ -112,9 +108,9 @@ class Front:
         self._server = _Server(
             self._answer,
             request_factory=self._make_request,
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            keepalive_timeout=WORKER_IDLE_TIMEOUT_S,
             access_log=None,
-            logger=_log,
+            logger=log,
             max_line_size=FIELD_BYTES_MAX,
             max_field_size=FIELD_BYTES_MAX,
             max_headers=HEADERS_MAX,
@@ -200,17 +196,9 @@ class Front:
                 assert_never(verdict)
 
     def _read(self, request: web.Request) -> Call:
-        """The router's words, checked against the body's limits and this cluster's ring. Raises RequestError."""
-        headers = request.headers
-        shard = headers.getall(contract.SHARD, _NONE)
-        epoch = headers.getall(contract.EPOCH, _NONE)
-        key = headers.getall(contract.KEY, _NONE)
-        if not shard and not epoch and not key:
-            raise RequestError(contract.Problem.BAD_REQUEST, _ROUTER_HINT)
-        if len(shard) != 1 or len(epoch) != 1 or len(key) != 1:
-            raise RequestError(contract.Problem.BAD_REQUEST, "each of the Shardlead-* headers must stand there once")
-        call = Call(_number(contract.SHARD, shard[0]), _number(contract.EPOCH, epoch[0]), _expects_continue(request))
-        owner = self._host.shard_of(key_of(key[0]))
+        """The router's words, checked against the body's limit and this cluster's ring. Raises RequestError."""
+        call = read_call(request)
+        owner = self._host.shard_of(call.key)
         if owner != call.shard:
             self._log_mismatch(call.shard, owner)
             raise RequestError(
@@ -316,12 +304,10 @@ class Front:
         facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
         if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
-            _log.error("application raised in handle", exc_info=failure, extra=facts)
+            log.error("application raised in handle", exc_info=failure, extra=facts)
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
             self._outcomes["application-error"].inc()
-            answer = problem(
-                500, contract.Problem.APPLICATION_ERROR, "the application failed; its log says why", shard=call.shard
-            )
+            answer = application_error(call.shard)
         elif request.method in contract.SAFE_METHODS:
             verdict = self._host.admission(call.shard, call.epoch)
             turned = verdict if isinstance(verdict, Turned) else Turned(Refused.SUSPENDED, call.epoch)
@@ -329,9 +315,9 @@ class Front:
             answer = refusal(call.shard, turned)
         else:
             self._outcomes["outcome-unknown"].inc()
-            answer = self._outcome_unknown(call)
+            answer = outcome_unknown(call.shard, is_idempotent=self._application.idempotent)
         if gate.has_begun:
-            _log.warning("answer reset", extra=facts)
+            log.warning("answer reset", extra=facts)
             gate.reset()
             return self._sent_last
         if self._is_leaving or not request.content.is_eof():
@@ -346,7 +332,7 @@ class Front:
         """Answer without the application, before it. A body that waits for a 100 is never asked for, nor read."""
         if self._is_leaving:
             answer.force_close()
-        if not _announces_body(request):
+        if not announces_body(request):
             return answer
         answer.force_close()
         with suppress(ConnectionError):
@@ -355,23 +341,10 @@ class Front:
         gate.close()
         return self._sent_last
 
-    def _outcome_unknown(self, call: Call) -> web.Response:
-        advice = (
-            "send it again with the same Idempotency-Key" if self._application.idempotent else "look before you repeat"
-        )
-        detail = f"the leadership ended while the request was handled, so its effect is not known: {advice}"
-        return problem(
-            502,
-            contract.Problem.OUTCOME_UNKNOWN,
-            detail,
-            shard=call.shard,
-            headers={contract.OUTCOME: contract.OUTCOME_IS_UNKNOWN},
-        )
-
     def _log_mismatch(self, said: int, owner: int) -> None:
         if not self._is_mismatch_logged:
             self._is_mismatch_logged = True
-            _log.error("a caller has another ring; told once", extra={"shard": owner, "caller_says": said})
+            log.error("a caller has another ring; told once", extra={"shard": owner, "caller_says": said})
 
 
 class _Sent(web.StreamResponse):
@@ -415,97 +388,6 @@ class _Server(web.Server):
     async def wait_empty(self) -> None:
         """Until no connection is open; the caller bounds it."""
         await self._empty.wait()
-
-
-# --- the contract's words ----------------------------------------------------------------------------------------
-
-_OUTCOMES: Final = (
-    "answered",
-    "application-error",
-    "stale",
-    "draining",
-    "unknown",
-    "suspended",
-    "outcome-unknown",
-    "cancelled",
-    "bad-request",
-)
-
-_TITLES: Final[Mapping[str, str]] = {
-    contract.Problem.BAD_REQUEST: "Request cannot be used",
-    contract.Problem.KEY_TOO_LONG: "Key is too long",
-    contract.Problem.TOO_LARGE: "Body is too large",
-    contract.Problem.MISDIRECTED: "Shard is not led here",
-    contract.Problem.SUSPENDED: "Shard cannot be served at this moment",
-    contract.Problem.OUTCOME_UNKNOWN: "Outcome is not known",
-    contract.Problem.APPLICATION_ERROR: "Application failed",
-}
-
-_REASONS: Final[Mapping[Refused, str]] = {
-    Refused.STALE: "this worker does not lead the shard under that epoch",
-    Refused.DRAINING: "this worker is handing the shard over",
-    Refused.UNKNOWN: "this worker knows nothing of the shard",
-    Refused.SUSPENDED: "the shard cannot be served at this moment; ask again",
-}
-
-
-def problem(
-    status: int, kind: str, detail: str, *, shard: int | None = None, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    """An answer of the runtime itself (RFC 9457)."""
-    body: dict[str, object] = {
-        "type": contract.PROBLEM_BASE + kind,
-        "title": _TITLES[kind],
-        "status": status,
-        "detail": detail,
-    }
-    if shard is not None:
-        body["shard"] = shard
-    return web.Response(status=status, body=orjson.dumps(body), content_type=contract.PROBLEM_JSON, headers=headers)
-
-
-def refusal(shard: int, turned: Turned) -> web.Response:
-    """The refusal that the router understands; the handler has not run, or may safely run again."""
-    headers = {contract.REFUSED: turned.reason.value, contract.EPOCH: str(turned.epoch)}
-    if turned.leader:
-        headers[contract.LEADER] = turned.leader
-    detail = _REASONS[turned.reason]
-    if turned.reason is Refused.SUSPENDED:
-        headers["Retry-After"] = "1"
-        return problem(503, contract.Problem.SUSPENDED, detail, shard=shard, headers=headers)
-    return problem(contract.STATUS_MISDIRECTED, contract.Problem.MISDIRECTED, detail, shard=shard, headers=headers)
-
-
-def key_of(text: str) -> bytes:
-    """The key that `Shardlead-Key` spells. Raises RequestError if it spells none, or one that is too long."""
-    if _KEY.fullmatch(text) is None:
-        raise RequestError(contract.Problem.BAD_REQUEST, f"{contract.KEY} is empty or not percent-encoded")
-    key = unquote_to_bytes(text)
-    if len(key) > contract.KEY_BYTES_MAX:
-        detail = f"the key has {len(key)} bytes; {contract.KEY_BYTES_MAX} are allowed"
-        raise RequestError(contract.Problem.KEY_TOO_LONG, detail)
-    return key
-
-
-def _number(name: str, text: str) -> int:
-    if _NUMBER.fullmatch(text) is None:
-        raise RequestError(contract.Problem.BAD_REQUEST, f"{name} is not a number")
-    return int(text)
-
-
-def _announces_body(request: web.BaseRequest) -> bool:
-    """Whether the peer asked for a 100 before it sends its body."""
-    return "Expect" in request.headers
-
-
-def _expects_continue(request: web.BaseRequest) -> bool:
-    """As above, and the expectation is one that can be met. Raises RequestError (417) for another."""
-    expected = request.headers.get("Expect")
-    if expected is None or request.version < HttpVersion11:
-        return False
-    if expected.strip().lower() != "100-continue":
-        raise RequestError(contract.Problem.BAD_REQUEST, "Expect can only be 100-continue", status=417)
-    return True
 
 
 def _not_listening(settings: WorkerSettings, exc: OSError) -> CommandError:

@@ -13,7 +13,7 @@ import uvloop
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from shardlead.clock import SystemClock
+from shardlead.clock import NS_PER_S, SystemClock
 from shardlead.config import WorkerSettings
 from shardlead.core.model import Want
 from shardlead.core.ownership import Gone, HandOver, Opening, Remint, Resign, Serving, Wanted, Won
@@ -23,6 +23,7 @@ from shardlead.worker.host import Host, NotOurs, Passage, PassedOn
 from shardlead.worker.http import Front
 from shardlead.worker.leadership import Leadership
 
+CLOCK = SystemClock()
 SHARDS = 8
 EPOCH = 1182
 KEY = "alice"
@@ -61,10 +62,13 @@ class Switch:
         self.is_on = True
         self.asked = 0
         self.off_after: int | None = None  # turns itself off once it was asked so often
+        self.deadline_ns: int | None = None  # turns itself off then
 
     def is_valid(self, need_s: float) -> bool:
         self.asked += 1
         if self.off_after is not None and self.asked > self.off_after:
+            self.is_on = False
+        if self.deadline_ns is not None and CLOCK.now_ns() + int(need_s * NS_PER_S) >= self.deadline_ns:
             self.is_on = False
         return self.is_on
 
@@ -187,9 +191,9 @@ async def staged(*, is_led: bool = True, **changes: Any) -> AsyncIterator[Stage]
     application = Application(lambda lead: Script(stage, lead), name="stage")
     async with application.factory() as make:
         stage.host = Host(
-            settings, "w1", make, shard_of, fenced=True, clock=SystemClock(), rng=random.Random(7), metrics=metrics
+            settings, "w1", make, shard_of, fenced=True, clock=CLOCK, rng=random.Random(7), metrics=metrics
         )
-        stage.front = Front(settings, stage.host, make.description, clock=SystemClock(), metrics=metrics)
+        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics)
         async with stage.host:
             stage.host.envoy = stage.speaker
             stage.address = await stage.front.start()

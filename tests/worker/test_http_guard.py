@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from shardlead.clock import SystemClock
 from shardlead.core.ownership import Idle, Serving
 from shardlead.errors import Fenced, LeadershipLost
 from shardlead.worker.gate import AnswerCut, _GuardedTransport
@@ -142,6 +143,28 @@ def test_an_application_that_fails_because_it_lost_its_leadership_has_an_unknown
                 raise OSError("the pool was closed")
 
             assert (await router.ask("POST", "/x")).headers["shardlead-outcome"] == "unknown"
+
+    play(loop, main())
+
+
+def test_a_stalled_loop_answers_nothing_of_the_time_before(loop: str) -> None:
+    """The loop stands still past the deadline with requests queued: no timer has run yet, and none is needed."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+
+            @stage.on("/x")
+            async def stalls(lead: Leadership, request: web.Request) -> web.Response:
+                stage.switch.deadline_ns = SystemClock().now_ns() + 1_000_000
+                while lead.is_valid(0.0):
+                    pass
+                return web.Response(text="late")
+
+            for _ in range(3):
+                router.send("POST", "/x", body=b"1")
+            answers = [await router.answer() for _ in range(3)]
+            assert [answer.status for answer in answers] == [502, 503, 503]
+            assert stage.handled == ["POST /x"]
 
     play(loop, main())
 
