@@ -24,6 +24,7 @@ from shardlead.store.mirror import Change, Mirror
 log = logging.getLogger("shardlead.view")
 
 TICK_PERIOD_S: Final = 2.0
+ON_ITS_WAY_S: Final = 0.5  # how long the watch may take to tell what a read has told
 SILENT_PERIODS: Final = 3  # without a tick: then the store is asked
 BAD_KEYS_MAX: Final = 10_000  # remembered so as to be logged once; beyond it, foreign records go unlogged
 
@@ -41,7 +42,9 @@ class View:
         self._callbacks: dict[object, Callable[[Delta], None]] = {}
         self._ready = asyncio.Event()
         self._heard_ns: int | None = None
-        self._bad: set[tuple[bytes, int]] = set()
+        self._is_store_silent = False
+        self._bad: set[bytes] = set()
+        self._range = (keyspace.leaders, prefix_end(keyspace.workers))
         self._mirror = Mirror(
             store, keyspace.leaders, prefix_end(keyspace.workers), self._on_change, name="view", clock=clock, rng=rng
         )
@@ -109,23 +112,25 @@ class View:
                 await self._ask()
 
     async def _ask(self) -> None:
-        revision = self.map.revision
-        tick_revision = self.tick_revision
+        """Ask the store for the tick and for how many records there are. What the watch did not tell although it had
+        time to was lost on its way; if it told all, nobody ticks, because no worker lives."""
         try:
-            answer = await self._store.read(Range(self.keyspace.tick))
+            tick = await self._store.read(Range(self.keyspace.tick))
+            count = await self._store.read(Range(self._range[0], self._range[1], count_only=True))
         except StoreError as exc:
-            log.info("no tick heard and the store does not answer", extra={"error": str(exc)})
+            if not self._is_store_silent:
+                self._is_store_silent = True
+                log.warning("no tick heard, and the store does not answer", extra={"reason": str(exc)})
             return
-        stored = answer.kvs[0].mod_revision if answer.kvs else 0
-        if stored <= tick_revision:
-            # Nobody ticks (no worker lives), so a watch that was told of nothing may well be current; only a read of
-            # everything would prove it. Whoever asks is told the truth: not fresh, unless the watch stands.
-            if self._mirror.is_connected and answer.revision <= self.map.revision:
-                self._heard_ns = self._clock.now_ns()
+        self._is_store_silent = False
+        stored = tick.kvs[0].mod_revision if tick.kvs else 0
+        await asyncio.sleep(ON_ITS_WAY_S)
+        if self.is_fresh:
             return
-        await asyncio.sleep(TICK_PERIOD_S / 4)  # the tick may just have been on its way to us
-        if self.tick_revision < stored and self.map.revision <= max(revision, stored):
-            self._mirror.distrust("the store knows a tick that the watch has not told")
+        if stored > self.tick_revision or (count.count != len(self._mirror.kvs) and self.map.revision < count.revision):
+            self._mirror.distrust("the store knows what the watch has not told")
+        elif self._mirror.is_connected:
+            self._heard_ns = self._clock.now_ns()
 
     def _on_change(self, change: Change) -> None:
         puts = [fact for fact in map(self._read, change.puts) if fact is not None]
@@ -148,7 +153,10 @@ class View:
             self._ready.clear()
         if delta:
             for callback in tuple(self._callbacks.values()):
-                callback(delta)
+                try:
+                    callback(delta)
+                except Exception:  # one listener's fault must not blind the others, nor end the watch
+                    log.exception("a listener failed on a change")
 
     def _read(self, kv: KeyValue) -> Fact | None:
         try:
@@ -162,7 +170,6 @@ class View:
         return fact
 
     def _log_bad(self, kv: KeyValue, reason: str) -> None:
-        seen = (kv.key, kv.mod_revision)
-        if seen not in self._bad and len(self._bad) < BAD_KEYS_MAX:
-            self._bad.add(seen)
+        if kv.key not in self._bad and len(self._bad) < BAD_KEYS_MAX:
+            self._bad.add(kv.key)
             log.warning("record ignored", extra={"key": kv.key.decode("utf-8", "backslashreplace"), "reason": reason})
