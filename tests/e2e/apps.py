@@ -50,10 +50,6 @@ class Slow:
             {"shard": lead.shard, "epoch": lead.epoch, "worker": lead.worker, "opened_s": self.opened_s}
         )
 
-    async def run(self) -> None:
-        await self.lead.draining.wait()
-        (_folder() / f"draining-{self.lead.worker}-{self.lead.shard}").touch()
-
     async def close(self) -> None:
         (_folder() / f"closed-{self.lead.worker}-{self.lead.shard}").touch()
 
