@@ -589,6 +589,34 @@ def test_a_forgotten_token_costs_nothing(kind: str) -> None:
         asyncio.run(main(cluster))
 
 
+@pytest.mark.long
+@pytest.mark.etcd
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_may_run_out(kind: str) -> None:
+    """Tokens that live for 1 s unused: a watch and a renewal after a longer silence are let in again."""
+
+    async def main(cluster: EtcdCluster) -> None:
+        async with _store(cluster.url, username="root", password="secret", try_timeout_s=2.0) as store:
+            grant = await store.grant(60)
+            for call in ("watch", "renew", "read"):
+                token = store._credentials.token
+                await asyncio.sleep(2.5)  # etcd forgets tokens by the second, and tells nobody
+                match call:
+                    case "watch":
+                        async with store.watch(b"k", b"", 1):
+                            pass
+                    case "renew":
+                        assert await store.renew(grant.lease) == 60
+                        continue  # etcd lets a renewal pass without looking at the token
+                    case _:
+                        await store.read(READ)
+                assert store._credentials.token != token
+
+    with etcd_server(kind, extra_args=("--auth-token-ttl=1",)) as cluster:
+        cluster.enable_auth("secret")
+        asyncio.run(main(cluster))
+
+
 @pytest.mark.etcd
 @pytest.mark.parametrize("kind", KINDS)
 def test_certificates_on_both_sides(kind: str) -> None:
