@@ -16,9 +16,7 @@ Law:
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +27,12 @@ from aiohttp import web
 
 from shardlead.clock import NS_PER_S, Clock, SystemClock
 from shardlead.errors import CommandError, Compacted, StoreRejected
-from shardlead.store import wire
+from shardlead.store import answers, requests
 from shardlead.store.base import REQUEST_BYTES_MAX, Delete, Op
-from shardlead.store.model import FROM_KEY, RESOURCE_EXHAUSTED, Model
+from shardlead.store.mark import RevisionMark
+from shardlead.store.model import RESOURCE_EXHAUSTED, Model
+from shardlead.store.requests import Json
+from shardlead.store.shape import FROM_KEY
 
 VERSION: Final = "3.5.28"  # whose fixes the model has: progress messages and renewals can be trusted
 BODY_BYTES_MAX: Final = 4 * 1_048_576  # a request of REQUEST_BYTES_MAX in base64 and JSON, with room
@@ -71,62 +72,6 @@ class LeaseTime:
         return self._value_ns
 
 
-class RevisionMark:
-    """The high-water mark of revisions in a data directory, held by one process at a time.
-
-    `reserved` is on disk, synced, before any revision up to it is used; the next start goes on above it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "revision"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            raise CommandError(f"the embedded store cannot use {folder}: {exc.strerror}") from exc
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(self._lock)
-            raise CommandError(f"another embedded store uses {folder}: stop it or give another --data") from exc
-        try:
-            self.reserved = self._read()
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self) -> int:
-        try:
-            text = self._path.read_text("ascii")
-        except FileNotFoundError:
-            return 1
-        except (OSError, UnicodeDecodeError) as exc:
-            raise CommandError(f"{self._path} cannot be read: {exc}") from exc
-        if not text.strip().isdecimal():
-            # guessing here could hand out an epoch a second time
-            raise CommandError(f"{self._path} is damaged: write a number above every revision used so far into it")
-        return int(text)
-
-    def reserve(self, revision: int) -> None:
-        """Make `revision` and all below it safe to use. Raises OSError; then nothing was reserved."""
-        fresh = self._path.with_suffix(".new")
-        with fresh.open("w", encoding="ascii") as file:
-            file.write(f"{revision}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        self.reserved = revision
-
-    def close(self) -> None:
-        """Let another process use the directory."""
-        os.close(self._lock)
-
-
 class EmbeddedStore:
     """The model and its watchers behind HTTP handlers. Whatever a handler does to the model it does at once."""
 
@@ -147,7 +92,7 @@ class EmbeddedStore:
         self._member = str(rng.getrandbits(63) | 1)
         self._wakers: set[asyncio.Event] = set()
         self._is_closing = False
-        self._answers: dict[str, Callable[[wire.Json], wire.Json]] = {
+        self._answers: dict[str, Callable[[Json], Json]] = {
             "/v3/kv/range": self._range,
             "/v3/kv/put": self._put,
             "/v3/kv/deleterange": self._delete,
@@ -182,9 +127,9 @@ class EmbeddedStore:
     def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
         """HTTP status and body for one request to one of the paths that answer once (all but /v3/watch)."""
         try:
-            result = self._answers[path](wire.parse_object(body))
+            result = self._answers[path](requests.parse_object(body))
         except StoreRejected as refusal:
-            return wire.encode_refusal(refusal)
+            return answers.encode_refusal(refusal)
         if path == KEEPALIVE:  # a stream of one answer
             return 200, _line(result)
         return 200, orjson.dumps(result)
@@ -210,60 +155,60 @@ class EmbeddedStore:
         try:
             body = await request.read()
         except web.HTTPRequestEntityTooLarge:
-            status, answer = wire.encode_refusal(_too_large())
+            status, answer = answers.encode_refusal(_too_large())
         else:
             status, answer = self.answer(request.path, body)
         return web.Response(status=status, body=answer, headers=_JSON)
 
-    def _range(self, raw: wire.Json) -> wire.Json:
-        return wire.encode_range(self.model.range(wire.parse_range(raw)), self._header())
+    def _range(self, raw: Json) -> Json:
+        return answers.encode_range(self.model.range(requests.parse_range(raw)), self._header())
 
-    def _put(self, raw: wire.Json) -> wire.Json:
-        op = wire.parse_put(raw)
+    def _put(self, raw: Json) -> Json:
+        op = requests.parse_put(raw)
         with self._writing(op):
             self.model.put(op)
         return {"header": self._header()}
 
-    def _delete(self, raw: wire.Json) -> wire.Json:
-        op = wire.parse_delete(raw)
+    def _delete(self, raw: Json) -> Json:
+        op = requests.parse_delete(raw)
         with self._writing(op):
             result = self.model.delete(op)
-        return wire.encode_delete(result, self._header())
+        return answers.encode_delete(result, self._header())
 
-    def _txn(self, raw: wire.Json) -> wire.Json:
-        txn = wire.parse_txn(raw)
+    def _txn(self, raw: Json) -> Json:
+        txn = requests.parse_txn(raw)
         with self._writing(txn):
             result = self.model.txn(txn)
-        return wire.encode_txn(result, self._header())
+        return answers.encode_txn(result, self._header())
 
-    def _compact(self, raw: wire.Json) -> wire.Json:
-        self.model.compact(wire.integer_of(raw, "revision"))
+    def _compact(self, raw: Json) -> Json:
+        self.model.compact(requests.integer_of(raw, "revision"))
         return {"header": self._header()}
 
-    def _grant(self, raw: wire.Json) -> wire.Json:
+    def _grant(self, raw: Json) -> Json:
         if len(self.model.leases) >= LEASES_MAX:
             raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {LEASES_MAX} leases, its most")
-        ttl_s, lease = wire.integer_of(raw, "TTL"), wire.integer_of(raw, "ID")
+        ttl_s, lease = requests.integer_of(raw, "TTL"), requests.integer_of(raw, "ID")
         grant = self.model.grant(ttl_s, self._time.now_ns(), lease)
-        return wire.encode_lease(grant.lease, grant.ttl_s, self._header())
+        return answers.encode_lease(grant.lease, grant.ttl_s, self._header())
 
-    def _revoke(self, raw: wire.Json) -> wire.Json:
+    def _revoke(self, raw: Json) -> Json:
         with self._writing(None):
-            self.model.revoke(wire.integer_of(raw, "ID"))
+            self.model.revoke(requests.integer_of(raw, "ID"))
         return {"header": self._header()}
 
-    def _time_to_live(self, raw: wire.Json) -> wire.Json:
-        lease = wire.integer_of(raw, "ID")
+    def _time_to_live(self, raw: Json) -> Json:
+        lease = requests.integer_of(raw, "ID")
         found = self.model.time_to_live(lease, self._time.now_ns())
-        return wire.encode_time_to_live(lease, found, self._header(), with_keys=wire.boolean_of(raw, "keys"))
+        return answers.encode_time_to_live(lease, found, self._header(), with_keys=requests.boolean_of(raw, "keys"))
 
-    def _leases(self, _raw: wire.Json) -> wire.Json:
-        out: wire.Json = {"header": self._header()}
+    def _leases(self, _raw: Json) -> Json:
+        out: Json = {"header": self._header()}
         if self.model.leases:
             out["leases"] = [{"ID": str(lease)} for lease in self.model.leases]
         return out
 
-    def _status(self, _raw: wire.Json) -> wire.Json:
+    def _status(self, _raw: Json) -> Json:
         index = str(self.model.revision)
         return {
             "header": self._header(),
@@ -276,71 +221,68 @@ class EmbeddedStore:
             "dbSizeInUse": "1",
         }
 
-    def _renew(self, raw: wire.Json) -> wire.Json:
+    def _renew(self, raw: Json) -> Json:
         """A lease that is gone has no TTL in the answer."""
-        lease = wire.integer_of(raw, "ID")
+        lease = requests.integer_of(raw, "ID")
         with self._writing(None):
             ttl_s = self.model.renew(lease, self._time.now_ns())
-        return wire.encode_lease(lease, ttl_s, self._header())
+        return answers.encode_lease(lease, ttl_s, self._header())
 
     # --- the stream --------------------------------------------------------------------------------------------
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         """A watch lives until its client leaves. After a cancel it stays open and silent, as etcd's gateway does."""
         try:
-            asked = wire.watch_request(wire.parse_object(await request.read()))
+            asked = requests.parse_watch(requests.parse_object(await request.read()))
             if self.watchers >= WATCHERS_MAX:
                 raise StoreRejected(RESOURCE_EXHAUSTED, f"the embedded store has {WATCHERS_MAX} watchers, its most")
         except StoreRejected as refusal:
-            status, body = wire.encode_refusal(refusal)
+            status, body = answers.encode_refusal(refusal)
             return web.Response(status=status, body=body, headers=_JSON)
         response = web.StreamResponse(headers=_JSON)
-        with self._waker() as wake:
+        with self._waker() as wake, contextlib.suppress(ConnectionError):  # the client has left
             await response.prepare(request)
             if asked is None:
                 await response.write(_line({"header": self._header(), "watch_id": "-1"}))
-                await self._until_closing(wake)
-                return response
-            key, range_end, start, watch_id, has_progress = asked
-            shown_id = {"watch_id": str(watch_id)} if watch_id else {}
-            if range_end and range_end != FROM_KEY and range_end <= key:
-                reason = {"created": True, "canceled": True, "cancel_reason": "mvcc: watcher range is empty"}
-                await response.write(_line({"header": self._header(), "watch_id": "-1", **reason}))
-                await self._until_closing(wake)
-                return response
-            following = start or self.model.revision + 1
-            await response.write(_line({"header": self._header(), **shown_id, "created": True}))
-            while not self._is_closing:
+            else:
+                await self._follow(asked, response, wake)
+            while not self._is_closing:  # unbounded on purpose: the client ends it by leaving
                 wake.clear()
-                try:
-                    batch, following = self.model.events_since(following, key, range_end)
-                except Compacted as exc:
-                    lost = {"canceled": True, "compact_revision": str(exc.compact_revision)}
-                    await response.write(_line({"header": self._header(has_revision=False), **shown_id, **lost}))
-                    await self._until_closing(wake)
-                    break
-                if batch.events:
-                    events = [wire.encode_event(event) for event in batch.events]
-                    await response.write(_line({"header": self._header(), **shown_id, "events": events}))
-                if following <= self.model.revision:
-                    continue
-                try:
-                    async with asyncio.timeout(self._progress_interval_s):
-                        await wake.wait()
-                except TimeoutError:
-                    if has_progress and following == self.model.revision + 1:
-                        await response.write(_line({"header": self._header(), **shown_id}))
+                await wake.wait()
         return response
 
-    async def _until_closing(self, wake: asyncio.Event) -> None:
-        """Unbounded on purpose: the client ends it by leaving, the server by stopping."""
+    async def _follow(self, asked: requests.Watch, response: web.StreamResponse, wake: asyncio.Event) -> None:
+        """Tell what happens until the watch is cancelled or the server stops."""
+        shown_id = {"watch_id": str(asked.watch_id)} if asked.watch_id else {}
+        if asked.range_end and asked.range_end != FROM_KEY and asked.range_end <= asked.key:
+            reason = {"created": True, "canceled": True, "cancel_reason": "mvcc: watcher range is empty"}
+            await response.write(_line({"header": self._header(), "watch_id": "-1", **reason}))
+            return
+        following = asked.start_revision or self.model.revision + 1
+        await response.write(_line({"header": self._header(), **shown_id, "created": True}))
         while not self._is_closing:
             wake.clear()
-            await wake.wait()
+            try:
+                batch, following = self.model.events_since(following, asked.key, asked.range_end)
+            except Compacted as exc:
+                lost = {"canceled": True, "compact_revision": str(exc.compact_revision)}
+                await response.write(_line({"header": self._header(has_revision=False), **shown_id, **lost}))
+                return
+            if batch.events:
+                events = [answers.encode_event(event) for event in batch.events]
+                await response.write(_line({"header": self._header(), **shown_id, "events": events}))
+            if following <= self.model.revision:
+                continue
+            try:
+                async with asyncio.timeout(self._progress_interval_s):
+                    await wake.wait()
+            except TimeoutError:
+                if asked.has_progress and following == self.model.revision + 1:
+                    await response.write(_line({"header": self._header(), **shown_id}))
 
     # --- inside ----------------------------------------------------------------------------------------------
 
-    def _header(self, *, has_revision: bool = True) -> wire.Json:
+    def _header(self, *, has_revision: bool = True) -> Json:
         header = {"cluster_id": self._cluster, "member_id": self._member}
         if has_revision:
             header["revision"] = str(self.model.revision)
@@ -349,7 +291,7 @@ class EmbeddedStore:
     @contextlib.contextmanager
     def _writing(self, op: Op | None) -> Iterator[None]:
         """Around whatever may change the model: its size is checked, revisions are reserved, watchers are told."""
-        if op is not None and wire.bytes_in(op) > REQUEST_BYTES_MAX:
+        if op is not None and requests.bytes_in(op) > REQUEST_BYTES_MAX:
             raise _too_large()
         if not isinstance(op, Delete | None) and self.model.size_bytes > SPACE_BYTES_MAX:
             if self.model.compacted < self.model.revision:
@@ -387,14 +329,14 @@ class EmbeddedStore:
 
 
 def _too_large() -> StoreRejected:
-    return StoreRejected(wire.INVALID_ARGUMENT, "etcdserver: request is too large")
+    return StoreRejected(requests.INVALID_ARGUMENT, "etcdserver: request is too large")
 
 
-def _line(result: wire.Json) -> bytes:
+def _line(result: Json) -> bytes:
     return orjson.dumps({"result": result}, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _authenticate(_raw: wire.Json) -> wire.Json:
+def _authenticate(_raw: Json) -> Json:
     raise StoreRejected(9, "etcdserver: authentication is not enabled")
 
 
@@ -441,12 +383,13 @@ async def serve(
             except OSError as exc:
                 why = exc.strerror or str(exc)
                 raise CommandError(f"the embedded store cannot listen on {host}:{port}: {why}") from exc
-            bound = runner.addresses[0][1]
+            shown_host = f"[{host}]" if ":" in host else host
+            address = f"{shown_host}:{runner.addresses[0][1]}"
             _LOG.warning(
                 "embedded store: in memory, one process, not for production",
-                extra={"address": f"{host}:{bound}", "data": str(data) if data else None},
+                extra={"address": address, "data": str(data) if data else None},
             )
-            on_ready(f"http://{host}:{bound}")
+            on_ready(f"http://{address}")
             await store.tick()
         finally:
             store.stop_watches()

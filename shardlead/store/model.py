@@ -15,7 +15,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Final, Never
+from typing import Final
 
 from shardlead.clock import NS_PER_S
 from shardlead.errors import Compacted, StoreRejected
@@ -28,7 +28,6 @@ from shardlead.store.base import (
     Grant,
     KeyValue,
     LeaseKeys,
-    Op,
     OpResult,
     Put,
     PutResult,
@@ -39,6 +38,7 @@ from shardlead.store.base import (
     TxnResult,
     WatchBatch,
 )
+from shardlead.store.shape import FROM_KEY, check_key, check_keys_written, check_shape, is_met, is_within
 
 MIN_TTL_S: Final = 2  # ceil(1.5 x election time-out), etcd's default
 MAX_TTL_S: Final = 9_000_000_000  # etcd's own
@@ -46,9 +46,7 @@ HISTORY_EVENTS_MAX: Final = 100_000  # beyond either the older half is compacted
 HISTORY_BYTES_MAX: Final = 64 * 1_048_576  # keys and values that were overwritten or deleted
 WATCH_REVISIONS_MAX: Final = 1_000  # in one message, as etcd has it
 WATCH_BYTES_MAX: Final = 4 * 1_048_576  # a message ends with the revision that passes it
-FROM_KEY: Final = b"\0"  # as a range_end: everything from the key on
 
-INVALID_ARGUMENT: Final = 3
 NOT_FOUND: Final = 5
 RESOURCE_EXHAUSTED: Final = 8
 FAILED_PRECONDITION: Final = 9
@@ -134,7 +132,7 @@ class Model:
 
     def range(self, op: Range) -> RangeResult:
         """Read. Raises StoreRejected for an empty key or a future revision, Compacted."""
-        _check_key(op.key)
+        check_key(op.key)
         if op.revision > self.revision:
             raise StoreRejected(OUT_OF_RANGE, FUTURE_REVISION)
         if 0 < op.revision < self.compacted:
@@ -155,9 +153,9 @@ class Model:
 
     def txn(self, txn: Txn) -> TxnResult:
         """Decide all guards, check the branch that is taken, then do it. Raises StoreRejected before any effect."""
-        _check_shape(txn, TXN_OPS_MAX)
-        _keys_written(txn.success)
-        _keys_written(txn.failure)
+        check_shape(txn, TXN_OPS_MAX)
+        check_keys_written(txn.success)
+        check_keys_written(txn.failure)
         taken = self._decide(txn)
         self._check_taken(taken)
         changes: list[Event] = []
@@ -253,7 +251,7 @@ class Model:
         following = start
         for events in self._log[start - first :] if start <= self.revision else ():
             following += 1
-            matching = [event for event in events if _is_within(event.kv.key, key, range_end)]
+            matching = [event for event in events if is_within(event.kv.key, key, range_end)]
             if matching:
                 found += matching
                 taken += 1
@@ -304,8 +302,8 @@ class Model:
         if not present:
             # etcd: an absent key is compared as zeros, except that nothing is true of an absent value
             absent = KeyValue(compare.key, b"", 0, 0, 0)
-            return compare.target is not Target.VALUE and _is_met(compare, absent)
-        return all(_is_met(compare, kv) for kv in present)
+            return compare.target is not Target.VALUE and is_met(compare, absent)
+        return all(is_met(compare, kv) for kv in present)
 
     def _check_taken(self, taken: "_Taken") -> None:
         ops = list(taken.flat())
@@ -433,112 +431,5 @@ class _Taken:
                 yield op
 
 
-# --- the shape of a request --------------------------------------------------------------------------------------
-
-
-def _check_key(key: bytes) -> None:
-    if not key:
-        _refuse("key is not provided")
-
-
-def _refuse(message: str) -> Never:
-    raise StoreRejected(INVALID_ARGUMENT, f"etcdserver: {message}")
-
-
-def _check_shape(txn: Txn, ops_max: int) -> None:
-    """Compares, success and failure may have `ops_max` each; the longest of the three is taken off for what is
-    nested inside, so 127 transactions of one operation fit into one, and 128 do not."""
-    longest = max(len(txn.compares), len(txn.success), len(txn.failure))
-    if longest > ops_max:
-        _refuse("too many operations in txn request")
-    for compare in txn.compares:
-        _check_key(compare.key)
-    for op in (*txn.success, *txn.failure):
-        if isinstance(op, Txn):
-            _check_shape(op, ops_max - longest)
-        else:
-            _check_key(op.key)
-
-
-@dataclass(slots=True)
-class _Written:
-    """Keys put and ranges deleted by some operations, whichever branches are taken."""
-
-    puts: set[bytes] = field(default_factory=set)
-    deletes: list[tuple[bytes, bytes]] = field(default_factory=list)
-
-    def has_deleted(self, key: bytes) -> bool:
-        # etcd takes the end of a delete "from this key on" for a key here, and so does not see what it deletes
-        return any(key == start if not end else start <= key < end for start, end in self.deletes)
-
-    def add(self, keys: set[bytes], harmless: set[bytes] | None = None) -> None:
-        """Put these keys as well. Raises StoreRejected if one is written already and is not among the harmless."""
-        for key in keys:
-            if (key in self.puts and (harmless is None or key not in harmless)) or self.has_deleted(key):
-                _refuse("duplicate key given in txn request")
-        self.puts |= keys
-
-
-def _keys_written(ops: Sequence[Op]) -> _Written:
-    """No key may be put twice, or put and deleted; the two branches of a nested transaction may share keys, since
-    only one of them is taken. (etcd's own order of checks is kept: a put in one nested transaction and a delete of
-    the same key in a *later* one pass.)"""
-    written = _Written(deletes=[(op.key, op.range_end) for op in ops if isinstance(op, Delete)])
-    for op in ops:
-        if isinstance(op, Txn):
-            success, failure = _keys_written(op.success), _keys_written(op.failure)
-            written.add(success.puts)
-            written.add(failure.puts, harmless=success.puts)
-            written.deletes += success.deletes
-            written.deletes += failure.deletes
-    for op in ops:
-        if isinstance(op, Put):
-            written.add({op.key})
-    return written
-
-
 def _size(kv: KeyValue) -> int:
     return len(kv.key) + len(kv.value)
-
-
-def _is_within(key: bytes, start: bytes, end: bytes) -> bool:
-    if not end:
-        return key == start
-    return start <= key and (end == FROM_KEY or key < end)
-
-
-def _is_met(compare: Compare, kv: KeyValue) -> bool:
-    if compare.target is Target.VALUE:
-        assert isinstance(compare.operand, bytes)
-        return _is_related(compare.relation, (kv.value > compare.operand) - (kv.value < compare.operand))
-    assert isinstance(compare.operand, int)
-    have = _number(compare.target, kv)
-    return _is_related(compare.relation, (have > compare.operand) - (have < compare.operand))
-
-
-def _number(target: Target, kv: KeyValue) -> int:
-    match target:
-        case Target.VERSION:
-            return kv.version
-        case Target.CREATE:
-            return kv.create_revision
-        case Target.MOD:
-            return kv.mod_revision
-        case Target.LEASE:
-            return kv.lease
-        case Target.VALUE:
-            raise AssertionError("a value is no number")
-
-
-def _is_related(relation: str, sign: int) -> bool:
-    match relation:
-        case "EQUAL":
-            return sign == 0
-        case "NOT_EQUAL":
-            return sign != 0
-        case "GREATER":
-            return sign > 0
-        case "LESS":
-            return sign < 0
-        case _:
-            raise AssertionError(f"no such relation: {relation}")

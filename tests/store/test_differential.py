@@ -16,9 +16,9 @@ import orjson
 import pytest
 
 from shardlead.clock import SystemClock
+from shardlead.store.answers import encode_event
 from shardlead.store.embedded import EmbeddedStore
 from shardlead.store.model import Model
-from shardlead.store.wire import encode_event
 from tests.support.etcd import KINDS, EtcdCluster, etcd_server
 
 Json = dict[str, Any]

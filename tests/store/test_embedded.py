@@ -19,7 +19,8 @@ from shardlead.clock import NS_PER_S, SystemClock
 from shardlead.errors import CommandError
 from shardlead.store import embedded
 from shardlead.store.base import Put
-from shardlead.store.embedded import EmbeddedStore, LeaseTime, RevisionMark, serve
+from shardlead.store.embedded import EmbeddedStore, LeaseTime, serve
+from shardlead.store.mark import RevisionMark
 from shardlead.store.model import Model
 from tests.store import recording
 from tests.support.embedded import embedded_process, embedded_server

@@ -1,66 +1,26 @@
-"""etcd's JSON gateway as its server spells it: requests in, answers out. The client's side is `store.gateway`.
+"""etcd's JSON gateway as its server reads it: requests in. `store.answers` is the other half, `store.gateway` the
+client's side.
 
-Pure: no sockets, no state. Shapes are those of etcd 3.5: numbers of 64 bits as strings, bytes in base64, whatever is
-zero, false or empty left out, fields in the order of etcd's protobuf definitions. An option that the embedded store
-does not have is refused (code 12), never ignored.
+Pure: no sockets, no state. Fields go by their protobuf or their JSON names, numbers of 64 bits as text or as numbers,
+bytes in base64. An option that the embedded store does not have is refused (code 12), never ignored.
 """
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
 
 import orjson
 
-from shardlead.errors import Compacted, StoreRejected
-from shardlead.store.base import (
-    Compare,
-    Delete,
-    DeleteResult,
-    Event,
-    KeyValue,
-    LeaseKeys,
-    Op,
-    OpResult,
-    Put,
-    PutResult,
-    Range,
-    RangeResult,
-    Target,
-    Txn,
-    TxnResult,
-)
+from shardlead.errors import StoreRejected
+from shardlead.store.base import Compare, Delete, Op, Put, Range, Target, Txn
 
 Json = dict[str, Any]
 
 INVALID_ARGUMENT: Final = 3
 UNIMPLEMENTED: Final = 12
 NESTING_MAX: Final = 32  # transactions within transactions; etcd would stop at its 128 operations
-
-COMPACTED: Final = "etcdserver: mvcc: required revision has been compacted"
-
-HTTP_STATUS: Final[Mapping[int, int]] = {
-    1: 408,
-    2: 500,
-    3: 400,
-    4: 504,
-    5: 404,
-    6: 409,
-    7: 403,
-    8: 429,
-    9: 400,
-    10: 409,
-    11: 400,
-    12: 501,
-    13: 500,
-    14: 503,
-    15: 500,
-    16: 401,
-}
-"""gRPC status code → HTTP status, as grpc-gateway has it."""
-
-
-# --- requests ----------------------------------------------------------------------------------------------------
 
 
 def parse_object(body: bytes) -> Json:
@@ -259,13 +219,24 @@ def _objects(value: object) -> list[Json]:
     return [_object(each) for each in value]
 
 
-def watch_request(raw: Json) -> tuple[bytes, bytes, int, int, bool] | None:
-    """(key, range_end, start_revision, watch_id, progress_notify) of a WatchCreateRequest; None for another kind."""
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """WatchCreateRequest. `start_revision` 0: from now on."""
+
+    key: bytes
+    range_end: bytes
+    start_revision: int
+    watch_id: int
+    has_progress: bool
+
+
+def parse_watch(raw: Json) -> Watch | None:
+    """What a watch asks for; None for a request that creates none."""
     create = _Fields(raw, "WatchRequest").object("create_request")
     if create is None:
         return None
     fields = _Fields(create, "WatchCreateRequest")
-    asked = (
+    watch = Watch(
         fields.bytes("key") or b"\0",  # etcd takes an empty key for the first of all
         fields.bytes("range_end"),
         fields.integer("start_revision"),
@@ -273,7 +244,7 @@ def watch_request(raw: Json) -> tuple[bytes, bytes, int, int, bool] | None:
         fields.boolean("progress_notify"),
     )
     fields.refuse_rest()
-    return asked
+    return watch
 
 
 def integer_of(raw: Json, name: str) -> int:
@@ -284,119 +255,6 @@ def integer_of(raw: Json, name: str) -> int:
 def boolean_of(raw: Json, name: str) -> bool:
     """One boolean field of a small request."""
     return _Fields(raw, "request").boolean(name)
-
-
-# --- answers -----------------------------------------------------------------------------------------------------
-
-
-def encode_bytes(raw: bytes) -> str:
-    return base64.b64encode(raw).decode("ascii")
-
-
-def encode_kv(kv: KeyValue) -> Json:
-    """KeyValue; a tombstone has a key and the revision of its deletion."""
-    out: Json = {"key": encode_bytes(kv.key)}
-    if kv.create_revision:
-        out["create_revision"] = str(kv.create_revision)
-    out["mod_revision"] = str(kv.mod_revision)
-    if kv.version:
-        out["version"] = str(kv.version)
-    if kv.value:
-        out["value"] = encode_bytes(kv.value)
-    if kv.lease:
-        out["lease"] = str(kv.lease)
-    return out
-
-
-def encode_event(event: Event) -> Json:
-    """Event; a put's type is the zero of its enum and so left out."""
-    if event.is_delete:
-        return {"type": "DELETE", "kv": encode_kv(event.kv)}
-    return {"kv": encode_kv(event.kv)}
-
-
-def encode_range(result: RangeResult, header: Json) -> Json:
-    out: Json = {"header": header}
-    if result.kvs:
-        out["kvs"] = [encode_kv(kv) for kv in result.kvs]
-    if result.more:
-        out["more"] = True
-    if result.count:
-        out["count"] = str(result.count)
-    return out
-
-
-def encode_delete(result: DeleteResult, header: Json) -> Json:
-    return {"header": header, "deleted": str(result.deleted)} if result.deleted else {"header": header}
-
-
-def encode_txn(result: TxnResult, header: Json) -> Json:
-    """TxnResponse. The answers inside have a header with a revision only, those of nested transactions an empty one."""
-    out: Json = {"header": header}
-    if result.succeeded:
-        out["succeeded"] = True
-    if result.results:
-        out["responses"] = [_encode_op(each) for each in result.results]
-    return out
-
-
-def _encode_op(result: OpResult) -> Json:
-    header = {"revision": str(result.revision)}
-    match result:
-        case PutResult():
-            return {"response_put": {"header": header}}
-        case DeleteResult():
-            return {"response_delete_range": encode_delete(result, header)}
-        case RangeResult():
-            return {"response_range": encode_range(result, header)}
-        case TxnResult():
-            return {"response_txn": encode_txn(result, {})}
-
-
-def encode_lease(lease: int, ttl_s: int, header: Json) -> Json:
-    """LeaseGrantResponse and LeaseKeepAliveResponse."""
-    out: Json = {"header": header}
-    if lease:
-        out["ID"] = str(lease)
-    if ttl_s:
-        out["TTL"] = str(ttl_s)
-    return out
-
-
-def encode_time_to_live(lease: int, found: LeaseKeys | None, header: Json, *, with_keys: bool) -> Json:
-    """LeaseTimeToLiveResponse."""
-    out = encode_lease(lease, 0, header)
-    if found is None:
-        out["TTL"] = "-1"
-        return out
-    if found.ttl_s:
-        out["TTL"] = str(found.ttl_s)
-    out["grantedTTL"] = str(found.granted_ttl_s)
-    if with_keys and found.keys:
-        out["keys"] = [encode_bytes(key) for key in found.keys]
-    return out
-
-
-def encode_refusal(refusal: StoreRejected) -> tuple[int, bytes]:
-    """HTTP status and body of a refused unary request."""
-    message = COMPACTED if isinstance(refusal, Compacted) else refusal.message
-    body = {"error": message, "code": refusal.code, "message": message}
-    return HTTP_STATUS.get(refusal.code, 500), orjson.dumps(body)
-
-
-def encode_stream_refusal(refusal: StoreRejected) -> bytes:
-    """The last line of a stream that ends in an error; it has no newline."""
-    status = HTTP_STATUS.get(refusal.code, 500)
-    error = {
-        "grpc_code": refusal.code,
-        "http_code": status,
-        "message": refusal.message,
-        "http_status": _STATUS_TEXT.get(status, ""),
-    }
-    return orjson.dumps({"error": error})
-
-
-_STATUS_TEXT: Final = {400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
 
 
 def bytes_in(op: Op) -> int:
