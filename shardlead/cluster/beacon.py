@@ -54,6 +54,7 @@ class Beacon:
         self._tick_at_ns = clock.now_ns()
         self._tick_revision = 0
         self._orphan_audit_at_ns = 0
+        self._is_failing = False
 
     def note(self, fleet: Fleet) -> None:
         """The watch has brought this fleet."""
@@ -73,12 +74,16 @@ class Beacon:
             seen_revision, n = self._tick_revision, self._view.fleet.tick
             match await self._courier.tick(seen_revision, n + 1):
                 case Ticked(revision):
+                    self._is_failing = False
                     if await self._sees_tick(seen_revision) and self.is_offering:
                         await self._look_for_orphans(revision, seen_revision)
                 case TickLost():
+                    self._is_failing = False
                     await self._sees_tick(seen_revision)
                 case Undecided(reason):
-                    log.warning("tick not written", extra={"reason": reason})
+                    if not self._is_failing:
+                        self._is_failing = True
+                        log.warning("tick not written, trying on", extra={"reason": reason})
                     await asyncio.sleep(RETRY_S)
 
     async def _sees_tick(self, seen_revision: int) -> bool:

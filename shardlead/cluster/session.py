@@ -188,6 +188,7 @@ class Session:
 
     async def _renew_loop(self) -> None:
         pause_s = RETRY_S
+        failing_since_ns = 0
         await asyncio.sleep(self._renew_pause_s())
         while not self.is_lost:
             sent_ns = self._clock.now_ns()  # before the request is written: protocol.md A.4
@@ -197,11 +198,17 @@ class Session:
                 self.lose("the store does not know the lease any more")
                 return
             except StoreError as exc:
-                log.warning("renewal failed", extra={"worker": self.name, "reason": str(exc)})
+                if not failing_since_ns:  # told once, and again when it is over
+                    failing_since_ns = sent_ns
+                    log.warning("renewals fail", extra={"worker": self.name, "reason": str(exc)})
                 await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
                 pause_s = min(pause_s * 2, RETRY_MAX_S)
                 continue
             pause_s = RETRY_S
+            if failing_since_ns:
+                after_s = round((self._clock.now_ns() - failing_since_ns) / NS_PER_S, 3)
+                log.info("renewals succeed again", extra={"worker": self.name, "after_s": after_s})
+                failing_since_ns = 0
             self._set(lease_rules.renewed(self._state, sent_ns, ttl_s, self._clock.now_ns(), self.terms))
             self._wake()
             await asyncio.sleep(self._renew_pause_s())

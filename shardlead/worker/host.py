@@ -490,6 +490,7 @@ class Host:
     async def _send(self, shard: int, entry: _Entry, epoch: int, goal: HandOver | Resign | Remint) -> None:
         """Repeat the goal's transaction until it is decided, or another goal has taken its place."""
         pause_s = SEND_PAUSE_S
+        is_told = False
         while entry.state == ownership.Passing(epoch, goal):
             if self.envoy is None:
                 self.feed(shard, ownership.Gone("the session is over"))
@@ -508,7 +509,9 @@ class Host:
                 case NotOurs(reason):
                     self.feed(shard, ownership.Gone(reason))
                 case AskAgain(reason):
-                    log.warning("outcome unknown, asking again", extra={"shard": shard, "reason": reason})
+                    if not is_told:
+                        is_told = True
+                        log.warning("outcome unknown, asking until it is", extra={"shard": shard, "reason": reason})
                     await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
                     pause_s = min(pause_s * 2, SEND_PAUSE_MAX_S)
 
