@@ -3,7 +3,19 @@
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
+
+# A busy machine is no failure, so examples have no deadline; what counts under CI is the same examples every time.
+hypothesis.settings.register_profile(
+    "shardlead",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+    database=None,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("shardlead")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
