@@ -45,7 +45,7 @@ def run_controller(loaded: Loaded, name: str, *, is_fail_fast: bool) -> int:
                 )
             )
             async with stop.interrupting():
-                await reach(store, settings, is_fail_fast=is_fail_fast)
+                await reach(settings, is_fail_fast=is_fail_fast)
                 has_store = True
                 work = run_alone(store, settings, name=name, clock=SystemClock(), rng=random.Random(), metrics=metrics)
                 await stack.enter_async_context(running(work))

@@ -38,7 +38,7 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
             router = Router(settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port)
 
             def upstream_connections() -> tuple[int, int]:
-                pools = router.desk.pools.values()
+                pools = router.desk.pools.values() if router.address else ()
                 return sum(len(pool.busy) for pool in pools), sum(len(pool.idle) for pool in pools)
 
             def why_not_ready() -> str:
@@ -49,12 +49,6 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
                 return "" if router.is_ready else view.map.fault or str(ClusterMissing(settings.cluster.name))
 
             show_view(view, registry)
-            try:
-                await stack.enter_async_context(router)
-            except* OSError as group:
-                error = group.exceptions[0]
-                assert isinstance(error, OSError)
-                raise port_taken(error, "requests", "--port", settings.router.host, settings.router.port) from None
             RouterMetrics(registry, counts, upstream_connections)
             admin = await stack.enter_async_context(
                 serving_admin(
@@ -68,7 +62,13 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
                 )
             )
             async with stop.interrupting():
-                await reach(store, settings, is_fail_fast=is_fail_fast)
+                await reach(settings, is_fail_fast=is_fail_fast)
+                try:
+                    await stack.enter_async_context(router)
+                except* OSError as group:
+                    error = group.exceptions[0]
+                    assert isinstance(error, OSError)
+                    raise port_taken(error, "requests", "--port", settings.router.host, settings.router.port) from None
                 await stack.enter_async_context(running(view.run()))
                 await looked_up(view)
                 say_ready("router", name, router.address, admin.address)

@@ -13,6 +13,8 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
 from types import FrameType
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ from shardlead.store.etcd import EtcdStore
 
 log = logging.getLogger("shardlead.cli")
 
-REACH_TIMEOUT_S: Final = 4.0
+REACH_TIMEOUT_S: Final = 2.0
 REACH_PAUSE_S: Final = 1.0
 REPEAT_EVERY: Final = 10  # tries; then it is said again
 
@@ -115,29 +117,30 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
         yield store
 
 
-async def reach(store: Store, settings: Settings, *, is_fail_fast: bool) -> None:
+async def reach(settings: Settings, *, is_fail_fast: bool) -> None:
     """Return once the store has answered; with `is_fail_fast` raise CommandError if it does not."""
-    endpoints = ", ".join(settings.store.endpoints)
-    tries = 0
-    while True:
-        try:
-            async with asyncio.timeout(REACH_TIMEOUT_S):
+    patience_s = min(REACH_TIMEOUT_S, settings.store.call_timeout_s)
+    probing = replace(
+        settings.store, call_timeout_s=patience_s, try_timeout_s=min(settings.store.try_timeout_s, patience_s)
+    )
+    endpoints = ", ".join(probing.endpoints)
+    async with EtcdStore(probing, clock=SystemClock(), rng=random.Random()) as store:
+        for tries in count():
+            try:
                 status = await store.status()
-        except (StoreUnavailable, TimeoutError) as exc:
-            reason = str(exc) or f"no answer in {REACH_TIMEOUT_S:g} s"
-            if is_fail_fast:
-                raise CommandError(f"the store does not answer ({reason}); it was looked for at {endpoints}") from exc
-            if tries % REPEAT_EVERY == 0:
-                facts = {"endpoints": endpoints, "reason": reason}
-                log.error("the store does not answer; trying on", extra=facts)  # noqa: TRY400  # no traceback: one line
-        else:
-            if tries:
-                log.info("the store answers", extra={"endpoint": status.endpoint})
-            for warning in status.warnings:
-                log.warning("etcd version", extra={"endpoint": status.endpoint, "warning": warning})
-            return
-        tries += 1
-        await asyncio.sleep(REACH_PAUSE_S)
+            except StoreUnavailable as exc:
+                if is_fail_fast:
+                    raise CommandError(f"the store does not answer ({exc}); it was looked for at {endpoints}") from exc
+                if tries % REPEAT_EVERY == 0:
+                    facts = {"endpoints": endpoints, "reason": str(exc)}
+                    log.error("the store does not answer; trying on", extra=facts)  # noqa: TRY400  # one line is enough
+                await asyncio.sleep(REACH_PAUSE_S)
+            else:
+                if tries:
+                    log.info("the store answers", extra={"endpoint": status.endpoint})
+                for warning in status.warnings:
+                    log.warning("etcd version", extra={"endpoint": status.endpoint, "warning": warning})
+                return
 
 
 def default_name() -> str:

@@ -24,7 +24,7 @@ from shardlead.store.base import KeyValue, Range, Store, prefix_end
 from shardlead.store.etcd import EtcdStore
 
 PAGE: Final = 5_000
-PATIENCE_S: Final = 4.0  # a command says within 5 s that the store does not answer
+PATIENCE_S: Final = 3.0  # a command says within 5 s that the store does not answer
 
 T = TypeVar("T")
 

@@ -83,7 +83,7 @@ def run_worker(loaded: Loaded, application: str, *, is_fail_fast: bool) -> int:
             if will is not None:
                 await stack.enter_async_context(running(_stop_with_parent(will, stop)))
             async with stop.interrupting():
-                await _joined(worker, store, settings, stack, is_fail_fast=is_fail_fast)
+                await _joined(worker, settings, stack, is_fail_fast=is_fail_fast)
                 worker.admin = admin.address
             if stop.asked.is_set():
                 return 0
@@ -126,12 +126,10 @@ def _explicit_shape(loaded: Loaded) -> frozenset[str]:
     return frozenset(name.partition(".")[2] for name in loaded.explicit if name.startswith("cluster."))
 
 
-async def _joined(
-    worker: Worker, store: Store, settings: Settings, stack: AsyncExitStack, *, is_fail_fast: bool
-) -> None:
+async def _joined(worker: Worker, settings: Settings, stack: AsyncExitStack, *, is_fail_fast: bool) -> None:
     """Enter the worker, for as long as it takes the store to answer."""
     while True:
-        await reach(store, settings, is_fail_fast=is_fail_fast)
+        await reach(settings, is_fail_fast=is_fail_fast)
         try:
             await stack.enter_async_context(worker)
         except (StoreUnavailable, ClusterMissing) as exc:

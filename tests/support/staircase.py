@@ -13,7 +13,7 @@ FLOORS: Final = (
     {"__main__"},
     {"cli"},
     {"testing", "dev", "demo"},
-    {"processes"},
+    {"processes", "narrator"},
     {"worker", "router", "controller", "admin", "client"},
     {"cluster", "fencing"},
     {"store"},
@@ -31,6 +31,7 @@ NEVER: Final = {
     "store": {"core"},  # it knows bytes, not shards
     "dev": INSIDES,  # it starts processes; it does not reach into them
     "processes": INSIDES,
+    "narrator": INSIDES,
     "admin": {"cluster", "fencing", "store"},  # is handed plain callables
     "metrics": {"errors", "clock"},
     "log": {"errors", "clock"},
