@@ -161,7 +161,7 @@ class Model:
         changes: list[Event] = []
         result = self._apply(taken, changes)
         self._commit(changes)
-        return replace(result, revision=self.revision)
+        return _stamped(result, self.revision)
 
     def compact(self, revision: int) -> None:
         """Forget what was overwritten or deleted before or at `revision`. Raises StoreRejected, Compacted."""
@@ -429,6 +429,12 @@ class _Taken:
                 yield from op.flat()
             else:
                 yield op
+
+
+def _stamped(result: TxnResult, revision: int) -> TxnResult:
+    """With the transaction's revision, which is known only when all of it is done, in the nested ones too."""
+    results = tuple(_stamped(each, revision) if isinstance(each, TxnResult) else each for each in result.results)
+    return TxnResult(revision, result.succeeded, results)
 
 
 def _size(kv: KeyValue) -> int:
