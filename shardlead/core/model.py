@@ -103,8 +103,8 @@ class History(Record):
     clean: bool = False
     short_tenures: int = 0
     ended: bool = False  # written by resign: the tenure of `worker` is over and nobody has followed yet
-    ttl_s: float = 0.0  # of the lease that carries this tenure; what an unfenced successor waits is counted from it
     previous: tuple[PastLeader, ...] = ()
+    ttl_s: float = 0.0  # of the lease that carries this tenure; what an unfenced successor waits is counted from it
 
 
 PREVIOUS_MAX: Final = 8
