@@ -88,6 +88,7 @@ class Downstream(asyncio.Protocol):
         "_is_lingering",
         "_is_reading",
         "_mark_s",
+        "_packet_bytes",
         "_parser",
         "_peer",
         "_queue",
@@ -114,6 +115,7 @@ class Downstream(asyncio.Protocol):
         self._after_upgrade: bytes | None = None
         self._reparse: bytes | None = None
         self._head_bytes = 0  # at most so many have come of an unfinished head
+        self._packet_bytes = 0
         self._head_pieces: list[bytes] = []
         self._head_since_s = 0.0
         self._is_in_head = False
@@ -151,13 +153,18 @@ class Downstream(asyncio.Protocol):
             return
         if self._is_deaf:
             return
+        self._packet_bytes = len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             self._upgrade(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
             self._is_deaf_or_fatal(exc)
-        if self._is_in_head and not self._is_deaf:
+        if not self._is_in_head:
+            if self._head_pieces:
+                self._head_bytes = 0
+                self._head_pieces.clear()
+        elif not self._is_deaf:
             self._head_bytes += len(data)
             self._head_pieces.append(data)
             if self._head_bytes > self._front.settings.head_bytes_max:
@@ -196,9 +203,6 @@ class Downstream(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
-        self._head_bytes = 0
-        if self._head_pieces:
-            self._head_pieces.clear()
         self._head_since_s = self._front.now_s
         self._url = b""
         self._fields = []
@@ -221,11 +225,10 @@ class Downstream(asyncio.Protocol):
         fields = self._fields
         if len(fields) > settings.headers_max:
             raise RequestError(Problem.TOO_LARGE, f"over {settings.headers_max} header fields", status=431)
-        size = len(self._url)
-        for name, value in fields:
-            size += len(name) + len(value)
-        if size > settings.head_bytes_max:
-            raise self._too_large()
+        if self._head_pieces or self._packet_bytes > settings.head_bytes_max:  # else it cannot be too large
+            size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in fields)
+            if size > settings.head_bytes_max:
+                raise self._too_large()
         assert self._forwarder is not None
         method = parser.get_method()
         head = read_request(method, self._url, parser.get_http_version(), fields, front.kinds, self._forwarder)
@@ -414,6 +417,7 @@ class Downstream(asyncio.Protocol):
     def _measure_head(self) -> None:
         """The unfinished head may be too large; or the packet in which it began had other requests before it."""
         begun = b"".join(self._head_pieces).rpartition(b"\r\n")[2]
+        self._head_pieces = [begun]
         self._head_bytes = len(begun)
         if self._fields:
             self._head_bytes += len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._fields)

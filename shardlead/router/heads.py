@@ -8,6 +8,7 @@ runtimes can speak the contract. Framing is our own on both sides: a message lea
 one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -69,6 +70,7 @@ _OF_ANSWERS: Final = {
     contract.OUTCOME.lower().encode(): OUTCOME,
 }
 _RESERVED: Final = contract.RESERVED_PREFIX.encode()
+_NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 
 ForwardedPolicy = Literal["append", "replace", "off"]

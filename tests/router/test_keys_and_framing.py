@@ -269,3 +269,30 @@ def test_a_head_that_does_not_come_is_answered_and_idle_connections_close() -> N
             assert await client.closed()
 
     run(main)
+
+
+def test_a_head_in_many_packets_is_measured_alone() -> None:
+    """Requests that came along in the same packets do not count against an unfinished head; a head of many small
+    fields does, and a key that is the reason is named, however the packets fall."""
+
+    async def main() -> None:
+        async with stage(head_bytes_max=3_000, headers_max=1_000) as here:
+            await here.lead(await here.start("w1"))
+            client = await here.client()
+            one = request_bytes("GET", "/k/a", X="y" * 900)
+            data = one * 60
+            cut = len(one) * 7 // 2
+            for at in range(0, len(data), cut):
+                await client.send(data[at : at + cut])
+                await asyncio.sleep(0.002)
+            for _ in range(60):
+                assert (await client.answer()).status == 200
+            for field, status in ((b"X: %b\r\n" % (b"y" * 80), 431), (b"X-Shard-Key: %b" % (b"k" * 4_000), 400)):
+                client = await here.client()
+                await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n")
+                for at in range(0, 4_000, 50):
+                    client.writer.write(field[at : at + 50] if status == 400 else field)
+                    await asyncio.sleep(0)
+                assert (await client.answer()).status == status
+
+    run(main)
