@@ -17,6 +17,10 @@ class Lead(Protocol):
         """Raises LeadershipLost unless the lease lasts for `need_s` seconds more."""
         ...
 
+    def note_barrier(self) -> None:
+        """A fence says that this leadership's epoch is registered there."""
+        ...
+
 
 class Fence(Protocol):
     """What all adapters share. How data is read and written differs with the resource."""

@@ -73,6 +73,7 @@ class EtcdFence:
             again = Range(self._keyspace.leader(lead.shard))
             match await self._store.commit(Txn((leads, seen), (register,), (again,))):
                 case Committed():
+                    lead.note_barrier()
                     return
                 case Conflict(results=(RangeResult(kvs=kvs),)):
                     if not kvs or kvs[0].mod_revision != revision_of(lead.epoch):

@@ -178,6 +178,7 @@ class SqliteFence:
         Raises EpochRegressed, LeadershipLost, ResourceUnavailable, WriteUnknown.
         """
         await self._ask(lead, None)
+        lead.note_barrier()
 
     async def write(self, lead: Lead, work: Callable[[Transaction], T]) -> T:
         """Run `work` in a transaction that commits only if `lead`'s epoch is the registered one, and return its result.

@@ -185,6 +185,7 @@ class Host:
         self._tasks: set[asyncio.Task[None]] = set()
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._health: asyncio.Task[None] | None = None
+        self._is_unfenced_told = False
 
     async def __aenter__(self) -> "Host":
         self._health = asyncio.create_task(self._watch_health(), name="health")
@@ -419,6 +420,13 @@ class Host:
         tenure = entry.tenure
         assert tenure is not None, "serving has a tenure"
         assert tenure.application is not None, "serving has an opened object"
+        if self.fenced and not tenure.lead.has_barrier and not self._is_unfenced_told:
+            self._is_unfenced_told = True
+            log.warning(
+                "the class says fenced = True, and open() has passed no fence: an old leader's late writes may count; "
+                "use shardlead.fencing (or lead.note_barrier() in a fence of your own), or say fenced = False",
+                extra={"shard": shard},
+            )
         if tenure.application.has_run and tenure.run_task is None:
             tenure.run_task = self._begin(self._run_object(shard, entry, tenure), f"run {shard}")
 

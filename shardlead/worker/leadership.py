@@ -51,13 +51,14 @@ class Leadership:
     on, the lease is lost, or its deadline passes; never valid again afterwards.
     """
 
-    __slots__ = ("_executor", "_guard", "_lost", "_threads", "draining", "epoch", "shard", "worker")
+    __slots__ = ("_executor", "_guard", "_lost", "_threads", "draining", "epoch", "has_barrier", "shard", "worker")
 
     def __init__(self, shard: int, epoch: int, worker: str, guard: Guard, executor: Executor | None = None) -> None:
         self.shard = shard
         self.epoch = epoch
         self.worker = worker
         self.draining = Draining()
+        self.has_barrier = False
         self._guard = guard
         self._executor = executor
         self._lost = ""
@@ -75,6 +76,11 @@ class Leadership:
         """Raises LeadershipLost unless `is_valid(need_s)`."""
         if not self.is_valid(need_s):
             raise LeadershipLost(self.shard, self.epoch, self._lost or "the lease could end at any moment")
+
+    def note_barrier(self) -> None:
+        """For fences: this epoch is registered at a resource. A fence of one's own calls it at the end of its barrier;
+        a class that says `fenced = True` and whose `open()` passes no barrier is warned of."""
+        self.has_barrier = True
 
     async def run_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a blocking function in a thread. The leadership counts it as work: it is not passed on before the
