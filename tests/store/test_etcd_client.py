@@ -482,6 +482,9 @@ def etcd(request: pytest.FixtureRequest) -> Iterator[EtcdCluster]:
         yield cluster
 
 
+PATIENT = {"try_timeout_s": 3.0, "call_timeout_s": 15.0}  # for real servers on busy machines, where time is no matter
+
+
 async def _use_all(store: Store) -> None:
     """Every call once."""
     grant = await store.grant(10)
@@ -510,7 +513,7 @@ def test_one_living_endpoint_of_three_is_enough(etcd: EtcdCluster) -> None:
     """Wherever it stands in the list."""
 
     async def main(endpoints: Sequence[str]) -> None:
-        async with _store(*endpoints) as store:
+        async with _store(*endpoints, **PATIENT) as store:
             await _use_all(store)
 
     living = etcd.url
@@ -526,7 +529,7 @@ def test_a_stuck_store_is_given_up_in_time() -> None:
 
     async def main(cluster: EtcdCluster) -> None:
         loop = asyncio.get_running_loop()
-        async with _store(cluster.url, try_timeout_s=0.3, call_timeout_s=0.7, watch_silence_s=0.4) as store:
+        async with _store(cluster.url, try_timeout_s=0.5, call_timeout_s=1.2, watch_silence_s=0.6) as store:
             grant = await store.grant(60)
             async with store.watch(b"/stuck/", prefix_end(b"/stuck/"), 1) as batches:
                 cluster.freeze()
@@ -534,8 +537,8 @@ def test_a_stuck_store_is_given_up_in_time() -> None:
                     begun = loop.time()
                     with pytest.raises(StoreUnavailable):
                         await anext(batches)
-                    assert 0.3 < loop.time() - begun < 3.0
-                    for call, least_s in ((store.read(READ), 0.6), (store.renew(grant.lease), 0.25)):
+                    assert 0.5 < loop.time() - begun < 3.0
+                    for call, least_s in ((store.read(READ), 1.0), (store.renew(grant.lease), 0.45)):
                         begun = loop.time()
                         with pytest.raises(StoreUnavailable):
                             await call
@@ -558,29 +561,29 @@ def test_a_stuck_store_is_given_up_in_time() -> None:
 @pytest.mark.etcd
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forgotten_token_costs_nothing(kind: str) -> None:
-    """Tokens live in the member's memory: after its restart every call gets a new one by itself, watches and
-    renewals too (python-etcd3's watch hung for ever), and no lease is lost by it."""
+    """In place of a token that the store does not know any more every call gets a new one by itself, a watch too
+    (python-etcd3's hung for ever), and no lease is lost by it."""
+    forgotten = "AbCdEfGhIjKlMnOp.1"
 
     async def main(cluster: EtcdCluster) -> None:
-        fields = {"username": "root", "password": "secret", "try_timeout_s": 2.0, "call_timeout_s": 10.0}
-        async with _store(cluster.url, **fields) as store:
+        async with _store(cluster.url, username="root", password="secret", **PATIENT) as store:
             await _use_all(store)
             grant = await store.grant(60)
-            token = store._credentials.token
-            await asyncio.to_thread(cluster.kill)
-            await asyncio.to_thread(cluster.start)
+            store._credentials.token = forgotten
             assert await store.renew(grant.lease) == 60
-            store._credentials.token = token
+            store._credentials.token = forgotten
             async with store.watch(b"/use/", prefix_end(b"/use/"), 1) as _batches:
-                pass
-            store._credentials.token = token
+                assert store._credentials.token != forgotten
+            store._credentials.token = forgotten
+            assert isinstance(await store.commit(Txn((absent(b"/none"),), (Put(b"/use", b""),))), Committed)
+            assert store._credentials.token != forgotten
+            store._credentials.token = forgotten
             await _use_all(store)
-            assert store._credentials.token != token
             assert (await store.lease_keys(grant.lease)).granted_ttl_s == 60
-        async with _store(cluster.url, username="root", password="wrong") as store:
+        async with _store(cluster.url, username="root", password="wrong", **PATIENT) as store:
             with pytest.raises(StoreRejected, match="authentication failed"):
                 await store.read(READ)
-        async with _store(cluster.url) as store:
+        async with _store(cluster.url, **PATIENT) as store:
             with pytest.raises(StoreRejected):
                 await store.read(READ)
 
@@ -596,7 +599,7 @@ def test_a_token_may_run_out(kind: str) -> None:
     """Tokens that live for 1 s unused: a watch and a renewal after a longer silence are let in again."""
 
     async def main(cluster: EtcdCluster) -> None:
-        async with _store(cluster.url, username="root", password="secret", try_timeout_s=2.0) as store:
+        async with _store(cluster.url, username="root", password="secret", **PATIENT) as store:
             grant = await store.grant(60)
             for call in ("watch", "renew", "read"):
                 token = store._credentials.token
@@ -630,7 +633,7 @@ def test_certificates_on_both_sides(kind: str) -> None:
             "cert_file": str(tls.client_cert_file),
             "key_file": str(tls.client_key_file),
         }
-        async with _store(cluster.url, **files) as store:
+        async with _store(cluster.url, **files, **PATIENT) as store:
             await _use_all(store)
         for fewer in ({"ca_file": str(tls.ca_file)}, {}):
             async with _store(cluster.url, call_timeout_s=0.5, **fewer) as store:
