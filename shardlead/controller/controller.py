@@ -40,10 +40,12 @@ THREAD_SHARDS: Final = 2_000  # from so many shards on planning is left to a thr
 SEEN_TIMEOUT_S: Final = 2.0  # a write that was committed must come back by the watch within this
 SILENCE_S: Final = 8.0  # workers tick every 2 s; a watch that tells of nothing for so long is stale
 WRITE_NEED_S: Final = 0.5  # what must be left of the session's deadline for a write to be sent
-CALM_TXNS_MAX: Final = 8  # transactions of mere successors in one round, before looking again
+CALM_TXNS_MAX: Final = 8  # transactions of what is not urgent in one round, before looking again
+CLAIM_GRACE_S: Final = 0.5  # after a death claims come first: what is not urgent waits so long while they go on
+CLAIM_PAUSE_S: Final = 0.1
 RESIGN_TIMEOUT_S: Final = 1.0
 
-_CALM: Final = frozenset((Reason.SUCCESSORS, Reason.TIDY))
+_CALM: Final = frozenset((Reason.FACT, Reason.SUCCESSORS, Reason.TIDY))
 _HOLD_LABELS: Final = {Hold.UNREST: "settling", Hold.FREEZE: "frozen", Hold.BRAKE: "brake"}
 
 
@@ -84,6 +86,7 @@ class Controller:
         self._metrics = metrics
         self._woken = asyncio.Event()
         self._heard_ns = 0
+        self._shunned: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         state = f"seated since {self.seat_revision}" if self.seat_revision else "candidate"
@@ -211,7 +214,7 @@ class Controller:
         took_s = (self._clock.now_ns() - begin_ns) / NS_PER_S
         self.last_plan = planned
         self._measure(snapshot, planned, took_s)
-        revision, is_all = await self._write(planned)
+        revision, is_all = await self._write(planned, is_calm=not _is_claiming(snapshot, planned))
         if revision:
             await self._wait_seen(mirror, revision)
         await asyncio.sleep(max(GATHER_S, LOAD_SHARE * took_s))
@@ -225,7 +228,7 @@ class Controller:
         if mirror.revision >= self.seat_revision and picture.seat_revision != self.seat_revision:
             raise SeatLost("another has it, or nobody")
 
-    async def _write(self, planned: Plan) -> tuple[int, bool]:
+    async def _write(self, planned: Plan, *, is_calm: bool) -> tuple[int, bool]:
         """Send the plan; the last revision written (0: none) and whether all of it was sent."""
         last = calm = 0
         for txn, writes in transactions(planned, self._keyspace, self.seat_revision):
@@ -233,6 +236,8 @@ class Controller:
                 calm += 1
                 if calm > CALM_TXNS_MAX:
                     return last, False
+                if not is_calm:
+                    return last, True
             if not self._session.is_valid(WRITE_NEED_S):
                 return last, True
             outcome = await self._store.commit(txn)
@@ -285,7 +290,7 @@ class Controller:
             pause_s = min(pause_s, max(GATHER_S, self._settings.settle_s - snapshot.still_for_s))
         if Hold.COLD_START in waits:
             pause_s = min(pause_s, max(GATHER_S, self._settings.first_wait_max_s - snapshot.waited_s))
-        return pause_s
+        return min(pause_s, CLAIM_PAUSE_S) if _is_claiming(snapshot, planned) else pause_s
 
     async def _wait(self, event: asyncio.Event, timeout_s: float) -> None:
         try:
@@ -295,6 +300,9 @@ class Controller:
             return
 
     def _measure(self, snapshot: Snapshot, planned: Plan, took_s: float) -> None:
+        for name in sorted(snapshot.shunned - self._shunned):
+            log.warning("worker gave up several shards, it gets no more for a while", extra={"worker": name})
+        self._shunned = snapshot.shunned
         metrics = self._metrics
         metrics.rounds.inc()
         metrics.plan_duration.observe(took_s)
@@ -315,3 +323,8 @@ class Controller:
             for name in snapshot.fleet.eligible(planned.shares)
         ]
         metrics.spread.set(max(levels) - min(levels) if levels else 0)
+
+
+def _is_claiming(snapshot: Snapshot, planned: Plan) -> bool:
+    """Whether somebody has just gone and successors are claiming: the store is theirs for a moment."""
+    return snapshot.still_for_s < CLAIM_GRACE_S and any(move.reason is Reason.NO_LEADER for move in planned.moves)

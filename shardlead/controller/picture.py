@@ -1,7 +1,9 @@
 """The controller's picture of the whole cluster, kept current by the changes of a mirror.
 
 What it never does: wait, write or plan. It turns key-values into the planner's nouns, in time proportional to the
-change, and notes when membership changed: settling, the brake and a cold start are told by those times.
+change, and notes when membership changed: settling, the brake and a cold start are told by those times. It also
+notes who gives up shards while it lives and is not stopping: an application that cannot open them. Such a worker is
+shunned for a while, or evenness would feed it shard after shard.
 """
 
 from collections.abc import Mapping
@@ -15,6 +17,10 @@ from shardlead.core.model import Assignment, History, LeaderRecord, PastLeader
 from shardlead.core.planner import Copy, Led, Snapshot
 from shardlead.core.shardmap import Fact
 from shardlead.store.mirror import Change
+
+SHUN_SHARDS: Final = 2  # a worker that gave up so many different shards is shunned; a single one may be a bad shard
+SHUN_S: Final = 30.0  # for each shard it gave up, after the last of them
+SHUN_MAX_S: Final = 900.0
 
 _OF_FLEET: Final = frozenset(("meta", "seat", "freeze", "cordon", "drain", "pin", "workers"))
 
@@ -33,7 +39,9 @@ class Picture:
         self._copies: dict[int, dict[str, Copy]] = {}  # inner ones are replaced, never changed: snapshots share them
         self._known: set[int] = set()
         self._previous: dict[int, PastLeader] = {}
+        self._troubled: set[int] = set()
         self._departed_ns: dict[str, int] = {}
+        self._given_up_ns: dict[tuple[str, str], dict[int, int]] = {}  # worker and sid -> shard -> when
         self._brake_window_ns = int(brake_window_s * NS_PER_S)
         self._changed_ns = 0
         self._cold_since_ns: int | None = None
@@ -49,6 +57,9 @@ class Picture:
                 self._of_fleet.pop(kv.key, None)
                 is_of_fleet = True
             else:
+                if place.kind == "leaders" and place.shard in self._records:
+                    record, _ = self._records[place.shard]
+                    self._given_up_ns.setdefault((record.worker, record.sid), {})[place.shard] = now_ns
                 is_seen |= self._take(place, None)
         for kv in change.puts:
             fact = self._facts.read(kv)
@@ -89,10 +100,13 @@ class Picture:
                     self._copies.pop(shard, None)
             case "history":
                 self._known.discard(shard)
+                self._troubled.discard(shard)
                 self._previous.pop(shard, None)
                 if fact is not None:
                     assert isinstance(fact.value, History)
                     self._known.add(shard)
+                    if fact.value.short_tenures:
+                        self._troubled.add(shard)
                     if fact.value.previous:
                         self._previous[shard] = fact.value.previous[0]
             case _:
@@ -133,12 +147,28 @@ class Picture:
             still_for_s=(now_ns - self._changed_ns) / NS_PER_S,
             waited_s=0.0 if self._cold_since_ns is None else (now_ns - self._cold_since_ns) / NS_PER_S,
             departed=frozenset(self._departed_ns),
+            shunned=self._shunned(now_ns),
+            troubled=frozenset(self._troubled),
         )
         if not snapshot.is_cold or not self.fleet.members:
             self._cold_since_ns = None
         elif self._cold_since_ns is None:
             self._cold_since_ns = now_ns
         return snapshot
+
+    def _shunned(self, now_ns: int) -> frozenset[str]:
+        """Who gave up several shards lately, in a session that still lives. Whoever ends or stops gives up all, and
+        that is no failure."""
+        shunned: set[str] = set()
+        for (name, sid), shards in tuple(self._given_up_ns.items()):
+            member = self.fleet.members.get(name)
+            if member is None or member.record.sid != sid or member.record.state != "up":
+                del self._given_up_ns[name, sid]
+            elif len(shards) >= SHUN_SHARDS:
+                hold_s = min(SHUN_MAX_S, SHUN_S * len(shards))
+                if now_ns - max(shards.values()) < hold_s * NS_PER_S:
+                    shunned.add(name)
+        return frozenset(shunned)
 
 
 def _sessions(fleet: Fleet) -> Mapping[str, tuple[str, str]]:

@@ -54,10 +54,14 @@ class Copy:
 class Snapshot:
     """The cluster at one revision, and what the controller has observed of time.
 
-    `fleet` has members and operators' wishes; `leaders` the facts; `copies` the assignments as they stand, by shard
-    and inbox; `known` the shards that have a history; `previous` who led before the present leader, and under
-    which epoch (missing: nobody known). `still_for_s`: how long membership has not changed. `waited_s`: how long this
-    controller has seen a cold start. `departed`: the workers that vanished lately without having said so.
+    - `fleet`: members and operators' wishes; `leaders`: the facts; `copies`: the assignments as they stand, by shard
+      and inbox.
+    - `known`: the shards that have a history; `previous`: who led before the present leader, and under which epoch
+      (missing: nobody known); `troubled`: shards whose last tenures were short, which move for evenness only if there
+      is no other.
+    - `still_for_s`: how long membership has not changed; `waited_s`: how long this controller has seen a cold start.
+    - `departed`: workers that vanished lately without having said so; `shunned`: those that lately gave up shards
+      they had got, one after the other: they get no more, nor succeed, while there are others.
     """
 
     fleet: Fleet
@@ -69,6 +73,8 @@ class Snapshot:
     still_for_s: float = 1e9
     waited_s: float = 1e9
     departed: frozenset[str] = frozenset()
+    shunned: frozenset[str] = frozenset()
+    troubled: frozenset[int] = frozenset()
 
     @property
     def is_cold(self) -> bool:
@@ -189,8 +195,10 @@ class _Planning:
         self.limits = limits
         self.fleet = fleet = snapshot.fleet
         self.up = tuple(name for name in sorted(fleet.members) if fleet.is_up(name))
-        self.open = fleet.eligible(self.up)  # may get a shard that has no leader or whose leader goes
-        self.takers = frozenset(self.up) - fleet.cordoned - fleet.drained  # may get a shard by a move
+        eligible = fleet.eligible(self.up)
+        # `open` may get a shard that has no leader or whose leader goes, and succeed; `takers` may get one by a move
+        self.open = tuple(name for name in eligible if name not in snapshot.shunned) or eligible
+        self.takers = frozenset(self.up) - fleet.cordoned - fleet.drained - snapshot.shunned
         self.leader = [self._living_leader(shard) for shard in range(snapshot.shards)]
         self.order = [self._stored_order(shard) for shard in range(snapshot.shards)]
         self.home = [""] * snapshot.shards
@@ -274,12 +282,14 @@ class _Planning:
             if not leader:
                 heir = next((name for name in order if name in open_set), "")
                 if heir:
-                    is_new = order[0] != heir or not self._is_fresh(shard, heir)
+                    is_new = heir not in self.snapshot.copies.get(shard, {})
                     self._move(shard, heir, Reason.NO_LEADER, is_new=is_new)
                     self._go(shard, heir)
                     if self.is_cold and self.is_patient:
                         self.untouched.add(shard)
                         self._stay(shard, Hold.COLD_START)
+                    elif self.snapshot.still_for_s < self.limits.settle_s and not is_new:
+                        self.untouched.add(shard)  # it is being claimed this moment; no write helps that
                 else:
                     homeless.append(shard)
             elif self.fleet.members[leader].record.state != "up":
@@ -375,7 +385,7 @@ class _Planning:
             count = self.counts[name]
             if name in self.takers or (not self.takers and name in self.open):
                 low, high = pinned[name], max(self.limits.shards_per_worker_max, pinned[name])
-            elif name in givers:  # cordoned: it may give, and never gets
+            elif name in givers:  # cordoned or shunned: it may give, and never gets
                 low, high = pinned[name], count
             else:
                 low = high = count
@@ -511,23 +521,26 @@ class _Planning:
 class _Movable:
     """The shards that may leave each source for evenness, in the order in which they had best.
 
-    First those that the target led before: a worker that comes back gets its own again, rather than others that will
-    move once more when their turn to restart comes. Then those whose last move is longest ago. So a shard moves at
-    most twice in a rolling restart.
+    First come those that the target led before: a worker that comes back gets its own again, rather than others that
+    will move once more when their turn to restart comes. Then those whose last move is longest ago. So a shard moves
+    at most twice in a rolling restart. Troubled ones come last.
     """
 
     def __init__(self, planning: _Planning, sources: frozenset[str]) -> None:
         self._home = planning.home
         self._shards: dict[str, list[int]] = {name: [] for name in sources}
         previous, pins = planning.snapshot.previous, planning.snapshot.fleet.pins
+        troubled = planning.snapshot.troubled
         for shard, home in enumerate(planning.home):
             if home in self._shards and planning.leader[shard] == home and pins.get(shard) != home:
                 self._shards[home].append(shard)
         self._returning: dict[tuple[str, str], list[int]] = {}
         for name, shards_ in self._shards.items():
-            shards_.sort(key=lambda shard: (-previous[shard].epoch if shard in previous else 0, -shard))
+            shards_.sort(
+                key=lambda shard: (shard not in troubled, -previous[shard].epoch if shard in previous else 0, -shard)
+            )
             for shard in shards_:
-                if shard in previous:
+                if shard in previous and shard not in troubled:
                     self._returning.setdefault((name, previous[shard].worker), []).append(shard)
 
     def take(self, source: str, target: str) -> int | None:

@@ -139,6 +139,18 @@ class Teller:
     def departed(self, names: str) -> None:
         self.world.departed |= set(names.split(", "))
 
+    @phrase(r"(\w+) is shunned")
+    def shunned(self, name: str) -> None:
+        self.world.shunned.add(name)
+
+    @phrase(r"(\w+) is trusted again")
+    def trusted(self, name: str) -> None:
+        self.world.shunned.discard(name)
+
+    @phrase(r"shards ([\d, ]+) are troubled")
+    def troubled(self, shards: str) -> None:
+        self.world.troubled = {int(shard) for shard in shards.split(", ")}
+
     # --- then
 
     @phrase(r"the counts are ((?!even).+)")

@@ -31,6 +31,8 @@ class World:
         self.pins: dict[int, str] = {}
         self.is_frozen = False
         self.departed: set[str] = set()
+        self.shunned: set[str] = set()
+        self.troubled: set[int] = set()
         self.still_for_s = self.waited_s = QUIET_S
         self.moved: Counter[int] = Counter()
         self.last = Plan()
@@ -58,6 +60,8 @@ class World:
             still_for_s=self.still_for_s,
             waited_s=self.waited_s,
             departed=frozenset(self.departed),
+            shunned=frozenset(self.shunned),
+            troubled=frozenset(self.troubled),
         )
 
     def order(self, shard: int) -> tuple[str, ...]:
