@@ -32,7 +32,7 @@ from shardlead.core.routing import (
 from shardlead.core.shardmap import Delta, Leader
 from shardlead.errors import RingError
 from shardlead.router.counts import Counts
-from shardlead.router.exchange import TUNNEL, Exchange
+from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.heads import answer_kinds
 from shardlead.router.hold import Gate
 from shardlead.router.upstream import Pool
@@ -41,6 +41,7 @@ log = logging.getLogger("shardlead.router")
 
 SWEEP_S: Final = 0.05  # how exactly waiting requests are woken by time; news of leaders wakes them at once
 DRAIN_SLACK_S: Final = 1.0
+SKIP_S: Final = 2.0  # how long the rest of a refusal may take to come, for its connection to be used again
 
 _NOT_READY: Final = Answer(Problem.NOT_READY, 503, "this router has no picture of the cluster yet", 1)
 _TOO_MANY: Final = Answer(Problem.OVERLOADED, 503, "too many requests wait for this shard's leader", 1)
@@ -326,6 +327,7 @@ class Dispatch:
     def _unhold(self, exchange: Exchange) -> None:
         if exchange.is_held:
             exchange.is_held = False
+            exchange.client.touch()
             self.counts.held -= 1
             self.counts.hold_durations.add((self._clock.now_ns() - exchange.held_ns) / NS_PER_S)
 
@@ -390,6 +392,9 @@ class Dispatch:
         leader = self._leader(gate.shard)
         if leader is None or not leader.address or leader.epoch < gate.floor:
             gate.ask_at_ns = now + gate.pause_ns
+            return
+        if gate.probe is not None and gate.probe.state == WAITING:
+            gate.ask_at_ns = now + gate.pause_ns  # the connection is still being opened
             return
         if gate.probe is not None:
             self._open(gate)  # one was sent a pause ago and was not refused, which a worker does at once
@@ -473,6 +478,9 @@ class Dispatch:
                 is_gone = member is None or member.record.address != pool.address
                 is_leaving = is_gone or (member is not None and member.record.state == "draining")
                 pool.leave(is_leaving=is_leaving and (is_gone or name not in map_.led))
+                for taker in tuple(pool.waiting):  # no use in waiting for a connection to a leader of the past
+                    if isinstance(taker, Exchange) and not self.is_current(taker) and taker.take_back():
+                        self._go_on(taker, Happened.UNSENT)
                 if is_gone and pool.is_empty:
                     self.pools.pop((pool.worker, pool.address), None)
 
@@ -484,6 +492,7 @@ class Dispatch:
         for key, pool in tuple(self.pools.items()):
             pool.now_s = now_s
             pool.close_idle(now_s - self._settings.upstream_idle_timeout_s)
+            pool.close_skipping(now_s - SKIP_S)
             if pool.is_empty:
                 member = self._view.map.workers.get(pool.worker)
                 if member is None or member.record.address != pool.address:

@@ -22,7 +22,7 @@ from shardlead.core.contract import Problem
 from shardlead.core.routing import KeyRules
 from shardlead.errors import RequestError
 from shardlead.router.counts import Counts
-from shardlead.router.exchange import ANSWERING, COLLECTING, SENT, Desk, Exchange
+from shardlead.router.exchange import ANSWERING, COLLECTING, SENT, WAITING, Desk, Exchange
 from shardlead.router.heads import Forwarder, Kinds, read_request
 from shardlead.router.problems import problem_bytes
 
@@ -313,7 +313,7 @@ class Downstream(asyncio.Protocol):
         if self._current is not exchange:
             return
         self._current = None
-        self._mark_s = self._front.now_s
+        self._mark_s = self._head_since_s = self._front.now_s
         if is_last or self._transport is None:
             self._queue.clear()
             self._fatal = None
@@ -473,16 +473,17 @@ class Downstream(asyncio.Protocol):
         exchange = self._current
         if self._tunnel is not None:
             return
-        if self._is_in_head:
-            if now_s - self._head_since_s > settings.head_timeout_s and exchange is None:
+        if exchange is None and self._is_in_head:
+            if now_s - self._head_since_s > settings.head_timeout_s:
                 self._is_in_head = False
                 self._refuse(RequestError(Problem.TIMED_OUT, "the request's head did not arrive in time", status=408))
         elif exchange is None:
-            limit_s = (
-                min(STOPPING_IDLE_S, settings.idle_timeout_s) if self._front.is_stopping else settings.idle_timeout_s
-            )
-            if still_s > limit_s:
+            limit_s = settings.idle_timeout_s
+            if still_s > (min(STOPPING_IDLE_S, limit_s) if self._front.is_stopping else limit_s):
                 self._close()
+        elif exchange.state == WAITING:
+            if not exchange.is_held and still_s > settings.hold_timeout_s:
+                exchange.crowded_out()
         elif exchange.state == COLLECTING or (exchange.state == SENT and not exchange.is_body_whole):
             if exchange.state == SENT and exchange.is_waiting_for_100:
                 if still_s > settings.answer_timeout_s:

@@ -416,6 +416,10 @@ class Exchange:
         self.client.exchange_ended(self, is_last=self._is_last or not self.is_body_whole)
 
     def switched(self, head: AnswerHead, phrase: bytes, rest: bytes) -> None:
+        if not self.head.upgrade:  # nobody asked for it
+            if self.connection is not None:
+                self.connection.abort()
+            return
         self.desk.accepted(self)
         self.state = TUNNEL
         self.client.write(
@@ -460,6 +464,11 @@ class Exchange:
         self.refuse_body(RequestError(Problem.TIMED_OUT, "the request's body stopped arriving", status=408))
         if self.state == COLLECTING:
             self.start()
+
+    def crowded_out(self) -> None:
+        """It has waited for a connection for too long."""
+        if self.take_back():
+            self.fail(CROWDED)
 
     def upstream_full(self) -> None:
         self.is_blocked = True
@@ -546,6 +555,8 @@ class Exchange:
             self.is_blocked = False
             self.desk.ended(self, outcome)
 
+
+CROWDED: Final = Answer(Problem.OVERLOADED, 503, "all connections to the shard's leader are in use", 1)
 
 # A worker that ended in order has answered before its session ends, but the store's news may overtake its answer.
 SESSION_GRACE_S: Final = 0.05

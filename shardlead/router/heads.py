@@ -72,6 +72,7 @@ _OF_ANSWERS: Final = {
 _RESERVED: Final = contract.RESERVED_PREFIX.encode()
 _NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
+_NAME_KEPT_BYTES_MAX: Final = 64
 
 ForwardedPolicy = Literal["append", "replace", "off"]
 
@@ -90,7 +91,7 @@ class Kinds:
         kind = self._by_name.get(lower)
         if kind is None:
             kind = DROP if lower.startswith(_RESERVED) else PASS
-        if len(self._by_spelling) < _KINDS_KEPT_MAX:
+        if len(self._by_spelling) < _KINDS_KEPT_MAX and len(name) <= _NAME_KEPT_BYTES_MAX:
             self._by_spelling[name] = kind
         return kind
 

@@ -27,6 +27,7 @@ log = logging.getLogger("shardlead.router")
 
 SWEEP_S: Final = 1.0
 STOPPING_SWEEP_S: Final = 0.05
+PAUSE_S: Final = 5.0  # a sweep that comes so late means that this process was stopped
 BACKLOG: Final = 1_024
 
 
@@ -52,6 +53,7 @@ class Router:
         self.now_ns: Callable[[], int] = clock.now_ns
         self.now_s = clock.now_ns() / NS_PER_S
         self._clock = clock
+        self._paused_s = 0.0
         self._share_port = share_port
         self._desk: Dispatch | None = None
         self._server: asyncio.Server | None = None
@@ -147,7 +149,12 @@ class Router:
             self._house_keep()
 
     def _house_keep(self) -> None:
-        now_s = self.now_s = self._clock.now_ns() / NS_PER_S
+        now_s = self._clock.now_ns() / NS_PER_S - self._paused_s
+        if now_s - self.now_s > PAUSE_S:
+            # The whole process stood still, and so did its clients' time-outs: what they sent meanwhile lies unread.
+            self._paused_s += now_s - self.now_s
+            return
+        self.now_s = now_s
         for connection in tuple(self._connections):
             connection.check(now_s)
         self.desk.sweep_pools(now_s)

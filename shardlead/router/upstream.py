@@ -269,6 +269,7 @@ class Upstream(asyncio.Protocol):
         self.taker = None
         if self.is_reusable and self.is_sent and self._is_answering:
             self._is_skipping = True
+            self.idle_since_s = self.pool.now_s
             self.resume()
         else:
             self.close()
@@ -317,6 +318,7 @@ class Pool:
         self.waiting: deque[Taker] = deque()
         self.is_leaving = False
         self.now_s = 0.0
+        self._is_closed = False
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections_max = connections_max
         self._connect_timeout_s = connect_timeout_s
@@ -393,8 +395,15 @@ class Pool:
         for connection in [each for each in self.idle if each.idle_since_s < before_s]:
             connection.close()
 
+    def close_skipping(self, before_s: float) -> None:
+        """Close what was told since before then to skip the rest of an answer: it is not worth waiting for."""
+        for connection in [each for each in self.busy if each.taker is None and each.idle_since_s < before_s]:
+            connection.close()
+
     def close(self) -> None:
-        """End everything, at once."""
+        """End everything, at once and for good."""
+        self._is_closed = True
+        self.waiting.clear()
         for task in tuple(self._connecting):
             task.cancel()
         for connection in [*self.idle, *self.busy]:
@@ -408,6 +417,8 @@ class Pool:
         taker.connected(connection)
 
     def _open_more(self) -> None:
+        if self._is_closed:
+            return
         room = self._connections_max - len(self.busy) - len(self.idle) - len(self._connecting)
         for _ in range(min(len(self.waiting) - len(self._connecting), room)):
             task = self._tasks.create_task(self._open(), name=f"connect to {self.worker}")
@@ -422,7 +433,7 @@ class Pool:
             assert task is not None
             self._connecting.discard(task)
         if connection is None or connection.transport is None:
-            if self.waiting:
+            if self.waiting and not self._is_closed:
                 self.waiting.popleft().not_connected()
         elif self.waiting:
             taker = connection.taker = self.waiting.popleft()

@@ -158,9 +158,23 @@ class Worker:
             writer.close()
 
 
+class SteppedClock(SystemClock):
+    """The machine's clock, which a test may push forward as a stop of the process would."""
+
+    __slots__ = ("ahead_ns",)
+
+    def __init__(self) -> None:
+        self.ahead_ns = 0
+
+    def now_ns(self) -> int:
+        return super().now_ns() + self.ahead_ns
+
+
 @dataclass
 class Stage:
     """Store, view and router of one test."""
+
+    clock: SteppedClock
 
     store: EtcdStore
     keyspace: Keyspace
@@ -325,7 +339,7 @@ def request_bytes(method: str, target: str, body: bytes = b"", **headers: str) -
 @asynccontextmanager
 async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIterator[Stage]:
     """A router that listens, with a view of an empty cluster of 16 shards."""
-    clock = SystemClock()
+    clock = SteppedClock()
     keyspace = Keyspace("test")
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as tasks:
@@ -337,7 +351,7 @@ async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIte
             following = tasks.create_task(view.run())
             await view.wait_ready(WAIT_S)
             async with Router(replace(settings, **changes), view, clock=clock) as router:
-                here = Stage(store, keyspace, view, router)
+                here = Stage(clock, store, keyspace, view, router)
                 try:
                     yield here
                 finally:

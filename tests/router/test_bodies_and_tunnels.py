@@ -304,3 +304,15 @@ def test_an_upgrade_that_is_not_granted_stays_http() -> None:
             assert "http2-settings" not in worker.requests[2].headers
 
     run(main)
+
+
+def test_a_switch_that_nobody_asked_for_is_no_answer() -> None:
+    """101 to an ordinary request counts as a broken connection."""
+
+    async def main() -> None:
+        async with stage() as here:
+            raw = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\nraw"
+            await here.lead(await here.start("w1", lambda request: request.send(raw)))
+            assert (await here.ask("POST", "/k/a")).problem == "outcome-unknown"
+
+    run(main)

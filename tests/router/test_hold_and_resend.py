@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 
 import pytest
 
@@ -619,5 +620,100 @@ def test_a_taken_port_is_an_error_of_the_system() -> None:
             router = Router(replace(here.router.settings, port=port), here.view, clock=SystemClock())
             with pytest.raises(OSError, match=r"in use"):
                 await asyncio.wait_for(router.run(), WAIT_S)
+
+    run(main)
+
+
+def test_who_waits_for_a_connection_follows_the_leader() -> None:
+    """All connections to the old leader are in use when the shard moves: those that wait for one go to the new
+    leader at once; those whose shard stays wait on, but not for ever."""
+
+    async def main() -> None:
+        async with stage(upstream_connections_max=1, hold_timeout_s=1.0) as here:
+
+            async def silent(request: Request) -> None:
+                await request.reader.readexactly(1)
+
+            old = await here.start("w1", silent)
+            new = await here.start("w2")
+            await here.lead(old)
+            shard = here.shard_of("a")
+            other = next(key for key in "bcdefghij" if here.shard_of(key) != shard)
+            stuck = await here.client()
+            await stuck.send(request_bytes("POST", "/k/a", b"x"))
+            await old.received(1)
+            moving = asyncio.create_task(here.ask("POST", "/k/a", b"x"))
+            staying = asyncio.create_task(here.ask("POST", f"/k/{other}", b"x"))
+            pool = next(iter(here.router.desk.pools.values()))
+            await here.true(lambda: len(pool.waiting) == 2)
+            await here.lead(new, shard)
+            assert (await moving).status == 200
+            answer = await staying
+            assert (answer.status, answer.problem) == (503, "overloaded")
+            assert len(old.requests) == 1
+
+    run(main)
+
+
+def test_a_leader_that_swallows_connections_does_not_swallow_requests() -> None:
+    """Nobody accepts at the leader's address (a lost machine): requests wait, one of them trying, and go on when
+    another leads."""
+
+    async def main() -> None:
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(0)
+            host, port = deaf.getsockname()
+            fillers = [socket.socket() for _ in range(4)]
+            try:
+                for filler in fillers:  # a full backlog drops what comes
+                    filler.setblocking(False)
+                    filler.connect_ex((host, port))
+                async with stage(connect_timeout_s=0.3) as here:
+                    lost = Worker("w1")
+                    lost.address = f"{host}:{port}"
+                    await here.write(Put(here.keyspace.worker("w1"), encode(here.record(lost))))
+                    await here.lead(lost)
+                    tasks = await ask_in_order(here, 5, "POST")
+                    await here.true(lambda: here.router.counts.connects["timed-out"] >= 2)
+                    assert here.router.counts.connects["timed-out"] <= 8, "one tries for all"
+                    await here.lead(await here.start("w2"))
+                    assert await asyncio.gather(*tasks) == [200] * 5
+            finally:
+                for filler in fillers:
+                    filler.close()
+
+    run(main)
+
+
+def test_a_half_sent_next_request_does_not_keep_the_first_alive() -> None:
+    """Time-outs of the request in work go on while the head of the next one is incomplete."""
+
+    async def main() -> None:
+        async with stage(answer_timeout_s=0.2) as here:
+
+            async def silent(request: Request) -> None:
+                await request.reader.readexactly(1)
+
+            await here.lead(await here.start("w1", silent))
+            client = await here.client()
+            await client.send(request_bytes("GET", "/k/a") + b"GET /k/a HTT")
+            assert (await client.answer()).problem == "timed-out"
+
+    run(main)
+
+
+def test_a_pause_of_the_whole_process_times_nobody_out() -> None:
+    """After a stop of the process what came meanwhile lies unread: time that nobody lived does not count."""
+
+    async def main() -> None:
+        async with stage(idle_timeout_s=30.0) as here:
+            await here.lead(await here.start("w1"))
+            client = await here.client()
+            assert (await client.ask()).status == 200
+            here.clock.ahead_ns += 3_600 * 10**9
+            here.router._house_keep()
+            here.router._house_keep()
+            assert (await client.ask()).status == 200
 
     run(main)
