@@ -182,11 +182,17 @@ class Mirror:
                 if self._needs_load:
                     await self._load()
                 await self._follow()
-            except WatchSilent as exc:  # a quiet range, most of the time: opening it again costs one request
+            except WatchSilent as exc:  # a quiet range, most of the time: opening it again costs two requests
                 _log.debug("watch silent", extra={"range": self._name, "reason": str(exc)})
                 self._fared_well()
+                continue  # the silence was pause enough
             except (WatchCanceled, Compacted) as exc:
                 self._needs_load = True
+                if isinstance(exc, WatchCanceled) and exc.compact_revision and not self._failures:
+                    # a compaction while we were away, or while the range was quiet: nobody's trouble if a load follows
+                    _log.debug("range compacted", extra={"range": self._name, "reason": str(exc)})
+                    self._failures = 1
+                    continue
                 self._fared_badly(exc)
             except StoreError as exc:
                 self._fared_badly(exc)

@@ -404,6 +404,20 @@ def test_trouble_is_logged_once_and_its_end_too(caplog: pytest.LogCaptureFixture
     assert [record.getMessage() for record in caplog.records] == ["range not followed", "range followed again"]
 
 
+def test_a_compaction_is_no_trouble_unless_it_repeats(caplog: pytest.LogCaptureFixture) -> None:
+    """A quiet range is compacted from time to time; a load brings it up to date, and no line is written."""
+    store = ScriptedStore()
+    store.reads = [_page(10), _page(20), _page(30)]
+    store.watches = [[WatchCanceled("", 11)], [_put(b"k1", 22), asyncio.Event()]]
+    with caplog.at_level(logging.INFO, "shardlead.store.mirror"):
+        _followed(store, lambda mirror: mirror.revision == 22)
+        assert caplog.records == []
+        store.reads = [_page(10), _page(20), _page(30)]
+        store.watches = [[WatchCanceled("", 11)], [WatchCanceled("", 21)]]
+        _followed(store, lambda mirror: mirror.revision == 30)
+    assert [record.getMessage() for record in caplog.records] == ["range not followed"]
+
+
 def test_waiting_for_the_first_load_is_bounded() -> None:
     """It says so by StoreUnavailable."""
 
