@@ -27,6 +27,7 @@ from shardlead.store.base import (
     prefix_end,
 )
 from shardlead.store.etcd import EtcdStore
+from shardlead.store.mirror import Change, Mirror
 from shardlead.store.transport import CALL_CONNECTIONS_MAX, Channel
 from tests.store.fake_gateway import FakeGateway, Reply, Request, Script, header
 from tests.support.etcd import KINDS, EtcdCluster, etcd_server, free_ports
@@ -555,6 +556,50 @@ def test_a_stuck_store_is_given_up_in_time() -> None:
                     cluster.thaw()
 
     with etcd_server("3.5") as cluster:
+        asyncio.run(main(cluster))
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize("is_leader", [False, True], ids=["follower", "leader"])
+def test_a_frozen_member_of_three_is_left(is_leader: bool) -> None:
+    """The one that calls, renewals and the watch go to: all three turn elsewhere, each by itself."""
+
+    async def main(cluster: EtcdCluster) -> None:
+        leader = cluster.leader()
+        frozen = leader if is_leader else next(member for member in cluster.members if member is not leader)
+        endpoints = [frozen.url, *(member.url for member in cluster.members if member is not frozen)]
+        async with asyncio.timeout(60), _store(*endpoints, call_timeout_s=15.0, watch_silence_s=2.0) as store:
+            grant = await store.grant(30)
+            seen: list[bytes] = []
+            news = asyncio.Event()
+
+            def on_change(change: Change) -> None:
+                if change.puts:
+                    seen.extend(kv.key for kv in change.puts)
+                    news.set()
+
+            mirror = Mirror(
+                store, b"/f/", prefix_end(b"/f/"), on_change, name="f", clock=SystemClock(), rng=random.Random(1)
+            )
+            following = asyncio.create_task(mirror.run())
+            await mirror.wait_loaded(10)
+            frozen.freeze()
+            try:
+                while isinstance(await store.commit(Txn((absent(b"/f/a"),), (Put(b"/f/a", b""),))), Unknown):
+                    pass
+                assert [kv.key for kv in (await store.read(Range(b"/f/a"))).kvs] == [b"/f/a"]
+                while True:
+                    with contextlib.suppress(StoreUnavailable):
+                        assert await store.renew(grant.lease) == 30
+                        break
+                await news.wait()
+                assert seen == [b"/f/a"]
+            finally:
+                frozen.thaw()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    with etcd_server("3.5", members=3) as cluster:
         asyncio.run(main(cluster))
 
 
