@@ -333,7 +333,7 @@ class StoreMetrics:
         self.calls = Counter(
             "shardlead_store_calls_total",
             "Calls by kind (read, commit, grant, renew, revoke, lease-keys, status) and result: ok, unavailable, "
-            "rejected or unknown.",
+            "rejected, gone (the lease), unknown or cancelled.",
             ["call", "result"],
             registry=registry,
         )

@@ -30,7 +30,7 @@ def run_controller(loaded: Loaded, name: str, *, is_fail_fast: bool) -> int:
             return "" if has_store else "the store has not answered yet"
 
         async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(opened_store(settings))
+            store = await stack.enter_async_context(opened_store(settings, registry))
             view = new_view(store, settings)
             lazy = LazyView(view)
             stack.push_async_callback(lazy.close)

@@ -33,7 +33,7 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
         registry = new_registry("router")
         counts = Counts()
         async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(opened_store(settings))
+            store = await stack.enter_async_context(opened_store(settings, registry))
             view = new_view(store, settings)
             router = Router(settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port)
 

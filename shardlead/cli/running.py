@@ -19,12 +19,15 @@ from types import FrameType
 from typing import Any, Final
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from shardlead.clock import SystemClock
 from shardlead.config import Settings
 from shardlead.errors import CommandError, StoreUnavailable
+from shardlead.metrics import StoreMetrics
 from shardlead.store.base import Store
 from shardlead.store.etcd import EtcdStore
+from shardlead.store.metered import MeteredStore
 
 log = logging.getLogger("shardlead.cli")
 
@@ -111,10 +114,11 @@ async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def opened_store(settings: Settings) -> AsyncIterator[Store]:
-    """A store client, not yet proven to reach anything."""
-    async with EtcdStore(settings.store, clock=SystemClock(), rng=random.Random()) as store:
-        yield store
+async def opened_store(settings: Settings, registry: CollectorRegistry) -> AsyncIterator[Store]:
+    """A store client whose calls are counted, not yet proven to reach anything."""
+    clock = SystemClock()
+    async with EtcdStore(settings.store, clock=clock, rng=random.Random()) as store:
+        yield MeteredStore(store, StoreMetrics(registry), clock=clock)
 
 
 async def reach(settings: Settings, *, is_fail_fast: bool) -> None:

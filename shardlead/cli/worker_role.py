@@ -45,7 +45,7 @@ def run_worker(loaded: Loaded, application: str, *, is_fail_fast: bool) -> int:
         metrics = WorkerMetrics(registry)
         will = LastWill.from_environment()
         async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(opened_store(settings))
+            store = await stack.enter_async_context(opened_store(settings, registry))
             candidate = Candidate(store, settings, ControllerMetrics(registry))
             view = new_view(store, settings)
             lazy = LazyView(view)
