@@ -211,8 +211,10 @@ class EtcdStore:
 
     async def commit(self, txn: Txn) -> Outcome:
         """Committed, Conflict or Unknown. Raises StoreRejected or LeaseGone where the refusal proves that nothing
-        was applied; never StoreUnavailable: that is Unknown, with `is_sent` false if nothing was sent."""
+        was applied; never StoreUnavailable: that is Unknown, with `is_sent` false if nothing was sent. A transaction
+        that only reads may be sent again like any read."""
         body = gateway.txn_body(txn)
+        is_write = _writes(txn)
         cursor = self._cursors[Channel.CALL]
         budget = Budget(self._settings.call_timeout_s, len(self._endpoints), self._rng)
         while True:
@@ -233,6 +235,7 @@ class EtcdStore:
             else:
                 return outcome
             self._left(cursor, index, reason)
+            is_sent = is_sent and is_write
             if is_sent or not await budget.has_another_try():
                 return Unknown(f"{self._endpoints[index]}: {reason}", is_sent=is_sent)
 
@@ -418,6 +421,11 @@ def _raise_refusal(fault: Fault, lease: int) -> None:
             raise LeaseGone(lease)
         case _:
             raise StoreRejected(fault.code, fault.message)
+
+
+def _writes(txn: Txn) -> bool:
+    """Whether a transaction can change anything, nested ones included."""
+    return any(_writes(op) if isinstance(op, Txn) else not isinstance(op, Range) for op in (*txn.success, *txn.failure))
 
 
 def _lease_in(ops: Sequence[Op]) -> int:

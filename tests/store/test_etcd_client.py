@@ -162,6 +162,22 @@ def test_a_write_refused_before_it_was_proposed_is_sent_again() -> None:
     asyncio.run(main())
 
 
+def test_a_transaction_that_only_reads_is_no_write() -> None:
+    """It is sent again like any read; one that may write in either branch, however deep, is not."""
+
+    async def main() -> None:
+        reads = Txn((absent(b"k"),), (READ, Txn((), (READ,))), (READ,))
+        deep = Txn((absent(b"k"),), (READ,), (Txn((), (), (Delete(b"k"),)),))
+        async with _gateways(2) as (first, second), _store(first.url, second.url) as store:
+            first.on(gateway.TXN, _cuts)
+            second.answer(gateway.TXN, COMMITTED)
+            assert isinstance(await store.commit(reads), Committed)
+            store.rotate("test")
+            assert isinstance(await store.commit(deep), Unknown)
+
+    asyncio.run(main())
+
+
 def test_a_refused_write_raises_what_was_refused() -> None:
     """A lease that is not there is named, also from within a nested transaction."""
 
