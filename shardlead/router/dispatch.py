@@ -35,7 +35,7 @@ from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.heads import answer_kinds
 from shardlead.router.hold import Gate
-from shardlead.router.upstream import Pool
+from shardlead.router.pool import Pool
 
 log = logging.getLogger("shardlead.router")
 

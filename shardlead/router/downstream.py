@@ -23,7 +23,8 @@ from shardlead.core.routing import KeyRules
 from shardlead.errors import RequestError
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import ANSWERING, COLLECTING, SENT, WAITING, Desk, Exchange
-from shardlead.router.heads import Forwarder, Kinds, read_request
+from shardlead.router.forwarded import Forwarder
+from shardlead.router.heads import Kinds, read_request
 from shardlead.router.problems import problem_bytes
 
 log = logging.getLogger("shardlead.router")

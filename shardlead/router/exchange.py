@@ -18,8 +18,9 @@ from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key
 from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
 from shardlead.router.heads import AnswerHead, RequestHead
+from shardlead.router.pool import Pool
 from shardlead.router.problems import problem_bytes
-from shardlead.router.upstream import Pool, Upstream
+from shardlead.router.upstream import Upstream
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 JOIN_BYTES_MAX: Final = 16_384  # larger pieces are not copied to join them to a head

@@ -11,7 +11,7 @@ one `Transfer-Encoding: chunked`, never with what it came in. What could be read
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Protocol
 
 from shardlead.core import contract
 from shardlead.core.contract import Problem
@@ -74,8 +74,6 @@ _NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
 
-ForwardedPolicy = Literal["append", "replace", "off"]
-
 
 class Kinds:
     """What to do with a field, by its name as spelled; remembers spellings."""
@@ -106,6 +104,14 @@ def answer_kinds() -> Kinds:
     return Kinds(_OF_ANSWERS)
 
 
+class ForwardedWriter(Protocol):
+    """Writes the fields that tell whom a request came from."""
+
+    def write(self, host: bytes, came: dict[int, list[bytes]] | None) -> bytes:
+        """Lines, ready to be sent. `came`: what the client sent of them, by kind."""
+        ...
+
+
 @dataclass(slots=True)
 class RequestHead:
     """A request's head, understood. `length` -1: no Content-Length. `fields` pass on as they are."""
@@ -129,47 +135,8 @@ class RequestHead:
         return self.is_chunked or self.length > 0
 
 
-class Forwarder:
-    """Writes X-Forwarded-For, -Proto, -Host and Forwarded for one client connection, by the stated policy.
-
-    "append": the peer is added to what came, Proto and Host stay if they came. "replace": what came is thrown away.
-    "off": what came passes, nothing is added.
-    """
-
-    __slots__ = ("_peer", "_peer_node", "_policy")
-
-    def __init__(self, policy: ForwardedPolicy, peer: str) -> None:
-        self._policy = policy
-        self._peer = peer.encode()
-        self._peer_node = b'"[%s]"' % self._peer if b":" in self._peer else self._peer
-
-    def write(self, host: bytes, came: dict[int, list[bytes]] | None) -> bytes:
-        if came is None or self._policy == "replace":
-            if self._policy == "off":
-                return b""
-            node = self._peer_node
-            peer = self._peer
-            return (
-                b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n"
-                b'Forwarded: for=%b;host="%b";proto=http\r\n' % (peer, host, node, host)
-            )
-        lines = []
-        for kind, name, own in (
-            (FORWARDED_FOR, b"X-Forwarded-For", self._peer),
-            (FORWARDED_PROTO, b"X-Forwarded-Proto", b"http"),
-            (FORWARDED_HOST, b"X-Forwarded-Host", host),
-            (FORWARDED, b"Forwarded", b'for=%b;host="%b";proto=http' % (self._peer_node, host)),
-        ):
-            values = came.get(kind, [])
-            if self._policy == "append" and (not values or kind in (FORWARDED_FOR, FORWARDED)):
-                values = [*values, own]
-            if values:
-                lines.append(b"%b: %b\r\n" % (name, b", ".join(values)))
-        return b"".join(lines)
-
-
 def read_request(
-    method: bytes, target: bytes, version: str, came: Fields, kinds: Kinds, forwarder: Forwarder
+    method: bytes, target: bytes, version: str, came: Fields, kinds: Kinds, forwarder: ForwardedWriter
 ) -> RequestHead:
     """Understand a request's head. Raises RequestError (with its status) for whatever is not allowed."""
     if version != "1.1" and version != "1.0":
