@@ -17,7 +17,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from shardlead.clock import NS_PER_S, Clock
+from prometheus_client import CollectorRegistry
+
+from shardlead.clock import NS_PER_S, Clock, SystemClock
 from shardlead.cluster.bootstrap import Shape, ensure_shape
 from shardlead.cluster.session import Session, open_session
 from shardlead.config import Settings
@@ -69,23 +71,30 @@ class Worker:
     def __init__(
         self,
         store: Store,
-        application: Application,
-        settings: Settings,
+        application: Any,
+        settings: Settings | None = None,
         *,
-        clock: Clock,
-        rng: random.Random,
-        metrics: WorkerMetrics,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        metrics: WorkerMetrics | None = None,
         explicit: Collection[str] = (),
         version: str = "",
         will: Will | None = None,
         companion: Companion | None = None,
         exit_process: Callable[[int], object] = os._exit,
     ) -> None:
+        """`application`: an Application, or what one is made of (a class, a factory, a context manager). `explicit`
+        names the fields of the section `cluster` that must be as the stored cluster's."""
+        settings = settings or Settings()
+        clock, rng = clock or SystemClock(), rng or random.Random()
+        metrics = metrics or WorkerMetrics(CollectorRegistry())
+        if not isinstance(application, Application):
+            application = Application(application)
         self.name = settings.worker.name or default_name()
         self.address = ""
         self.admin = ""
         self._store = store
-        self._application = application
+        self._application: Application = application
         self._settings = settings
         self._keyspace = Keyspace(settings.cluster.name)
         self._clock = clock
