@@ -221,7 +221,7 @@ def test_a_silent_store_stops_the_work_and_a_healed_one_resumes_it(slow: Scene, 
     is cancelled, the router answers 503; afterwards all goes on by itself: on etcd idle shards under the same epoch,
     those whose work was cancelled under a new one."""
     cluster = slow.cluster
-    outage_s = 30.0 if is_long else 2.5 * TTL_S
+    outage_s = 30.0 if is_long else 2 * TTL_S
     is_etcd = cluster.store is not None and "etcd" in cluster.store.command[0]
 
     async def story() -> None:
