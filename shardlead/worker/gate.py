@@ -224,6 +224,8 @@ class _GuardedTransport(asyncio.Transport):
     `loop.sendfile` then gives up, and aiohttp sends a file piece by piece through the writer, each piece guarded.
     """
 
+    __slots__ = ("_gate", "_inner")
+
     def __init__(self, gate: Gate, inner: asyncio.Transport) -> None:
         super().__init__()
         self._gate = gate

@@ -6,12 +6,12 @@ makes responses; it sends nothing and asks nobody. No word of an application's f
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import orjson
 from aiohttp import HttpVersion11, web
+from multidict import istr
 
 from shardlead.core import contract
 from shardlead.core.contract import Refused
@@ -19,8 +19,13 @@ from shardlead.errors import RequestError
 from shardlead.worker.host import Turned
 
 _KEY: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})+")  # visible ASCII; each % begins an escape
-_NUMBER: Final = re.compile(r"[0-9]{1,16}")  # an epoch is below 2**53
+_DIGITS_MAX: Final = 16  # an epoch is below 2**53
 _NONE: Final[list[str]] = []
+
+_SHARD: Final = istr(contract.SHARD)  # an istr is lowered once, not at every look
+_EPOCH: Final = istr(contract.EPOCH)
+_SPELLED_KEY: Final = istr(contract.KEY)
+_EXPECT: Final = istr("Expect")
 
 _ROUTER_HINT: Final = (
     "this is a worker: it takes requests from a shardlead router or the smart client, which say shard and epoch in "
@@ -48,8 +53,7 @@ _REASONS: Final[Mapping[Refused, str]] = {
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What the router says about a request. Whether the key belongs to the shard is for the ring to say."""
 
     shard: int
@@ -61,9 +65,9 @@ class Call:
 def read_call(request: web.BaseRequest) -> Call:
     """The router's words. Raises RequestError where they are missing, doubled or malformed."""
     headers = request.headers
-    shard = headers.getall(contract.SHARD, _NONE)
-    epoch = headers.getall(contract.EPOCH, _NONE)
-    key = headers.getall(contract.KEY, _NONE)
+    shard = headers.getall(_SHARD, _NONE)
+    epoch = headers.getall(_EPOCH, _NONE)
+    key = headers.getall(_SPELLED_KEY, _NONE)
     if not shard and not epoch and not key:
         raise RequestError(contract.Problem.BAD_REQUEST, _ROUTER_HINT)
     if len(shard) != 1 or len(epoch) != 1 or len(key) != 1:
@@ -80,7 +84,7 @@ def key_of(text: str) -> bytes:
     """The key that `Shardlead-Key` spells. Raises RequestError if it spells none, or one that is too long."""
     if _KEY.fullmatch(text) is None:
         raise RequestError(contract.Problem.BAD_REQUEST, f"{contract.KEY} is empty or not percent-encoded")
-    key = unquote_to_bytes(text)
+    key = unquote_to_bytes(text) if "%" in text else text.encode()
     if len(key) > contract.KEY_BYTES_MAX:
         detail = f"the key has {len(key)} bytes; {contract.KEY_BYTES_MAX} are allowed"
         raise RequestError(contract.Problem.KEY_TOO_LONG, detail)
@@ -88,19 +92,19 @@ def key_of(text: str) -> bytes:
 
 
 def _number(name: str, text: str) -> int:
-    if _NUMBER.fullmatch(text) is None:
+    if len(text) > _DIGITS_MAX or not text.isdigit() or not text.isascii():
         raise RequestError(contract.Problem.BAD_REQUEST, f"{name} is not a number")
     return int(text)
 
 
 def announces_body(request: web.BaseRequest) -> bool:
     """Whether the peer asked for a 100 before it sends its body."""
-    return "Expect" in request.headers
+    return _EXPECT in request.headers
 
 
 def _expects_continue(request: web.BaseRequest) -> bool:
     """As above, and the expectation is one that can be met. Raises RequestError (417) for another."""
-    expected = request.headers.get("Expect")
+    expected = request.headers.get(_EXPECT)
     if expected is None or request.version < HttpVersion11:
         return False
     if expected.strip().lower() != "100-continue":

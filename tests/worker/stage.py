@@ -112,6 +112,7 @@ class Script:
         self.stage, self.lead = stage, lead
 
     async def open(self) -> None:
+        self.lead.note_barrier()
         await self.stage.may_open.wait()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
