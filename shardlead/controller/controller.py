@@ -286,10 +286,12 @@ class Controller:
         """How long to wait if nothing changes: until what is held falls due, at most `interval_s`."""
         waits = {held.hold for held in planned.held}
         pause_s = self._settings.interval_s
-        if waits & {Hold.UNREST, Hold.COLD_START}:
-            pause_s = min(pause_s, max(GATHER_S, self._settings.settle_s - snapshot.still_for_s))
+        limits = self._limits
+        if Hold.UNREST in waits:
+            pause_s = min(pause_s, max(GATHER_S, limits.stillness_s(snapshot.waited_s) - snapshot.still_for_s))
         if Hold.COLD_START in waits:
-            pause_s = min(pause_s, max(GATHER_S, self._settings.first_wait_max_s - snapshot.waited_s))
+            due_s = min(limits.settle_s - snapshot.still_for_s, limits.first_wait_max_s - snapshot.waited_s)
+            pause_s = min(pause_s, max(GATHER_S, due_s))
         return min(pause_s, CLAIM_PAUSE_S) if _is_claiming(snapshot, planned) else pause_s
 
     async def _wait(self, event: asyncio.Event, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ shunned for a while, or evenness would feed it shard after shard.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from shardlead.clock import NS_PER_S
@@ -44,6 +45,7 @@ class Picture:
         self._given_up_ns: dict[tuple[str, str], dict[int, int]] = {}  # worker and sid -> shard -> when
         self._brake_window_ns = int(brake_window_s * NS_PER_S)
         self._changed_ns = 0
+        self._was_cold = False
         self._cold_since_ns: int | None = None
 
     def apply(self, change: Change, now_ns: int) -> bool:
@@ -145,16 +147,17 @@ class Picture:
             known=frozenset(self._known),
             previous=dict(self._previous),
             still_for_s=(now_ns - self._changed_ns) / NS_PER_S,
-            waited_s=0.0 if self._cold_since_ns is None else (now_ns - self._cold_since_ns) / NS_PER_S,
             departed=frozenset(self._departed_ns),
             shunned=self._shunned(now_ns),
             troubled=frozenset(self._troubled),
         )
-        if not snapshot.is_cold or not self.fleet.members:
-            self._cold_since_ns = None
-        elif self._cold_since_ns is None:
+        is_cold = snapshot.is_cold and bool(self.fleet.members)
+        if is_cold and not self._was_cold:
             self._cold_since_ns = now_ns
-        return snapshot
+        self._was_cold = is_cold
+        if self._cold_since_ns is None:
+            return snapshot
+        return replace(snapshot, waited_s=(now_ns - self._cold_since_ns) / NS_PER_S)
 
     def _shunned(self, now_ns: int) -> frozenset[str]:
         """Who gave up several shards lately, in a session that still lives. Whoever ends or stops gives up all, and

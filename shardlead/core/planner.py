@@ -59,7 +59,8 @@ class Snapshot:
     - `known`: the shards that have a history; `previous`: who led before the present leader, and under which epoch
       (missing: nobody known); `troubled`: shards whose last tenures were short, which move for evenness only if there
       is no other.
-    - `still_for_s`: how long membership has not changed; `waited_s`: how long this controller has seen a cold start.
+    - `still_for_s`: how long membership has not changed; `waited_s`: how long ago this controller first saw the cold
+      start that the cluster is in, or was in last.
     - `departed`: workers that vanished lately without having said so; `shunned`: those that lately gave up shards
       they had got, one after the other: they get no more, nor succeed, while there are others.
     """
@@ -93,6 +94,11 @@ class Limits:
     brake_share: float = 0.5
     successors: int = 2
     shards_per_worker_max: int = SHARDS_PER_LEASE_MAX
+
+    def stillness_s(self, waited_s: float) -> float:
+        """How long membership must be still before shards move for evenness: twice as long right after a cold start,
+        when workers still come one by one and a shard could move with each."""
+        return 2 * self.settle_s if waited_s < self.first_wait_max_s else self.settle_s
 
 
 # --- what comes out --------------------------------------------------------------------------------------------
@@ -326,9 +332,10 @@ class _Planning:
             else:
                 waiting.append((reason, shard, want))
         waiting.sort(key=lambda item: (_PRIORITY[item[0]], item[1]))
+        fair = self._fair_shares() if waiting else {}
         for reason, shard, want in waiting:
             leader = self.leader[shard]
-            target = want or self._least_loaded()
+            target = want or self._heir_of_drained(shard, fair)
             if not target:
                 self._stay(shard, Hold.NO_WORKER)
                 self._go(shard, leader)
@@ -355,17 +362,25 @@ class _Planning:
             self._stay(shard, Hold.PIN_WAITS)
             pin = ""
         if leader in self.fleet.drained:
-            heir = next((name for name in self.order[shard] if name in self.takers), "")
-            return pin or target or heir, Reason.DRAIN
+            return pin or target, Reason.DRAIN
         return pin or leader, Reason.PIN
 
-    def _least_loaded(self) -> str:
-        members = self.fleet.members
-        return min(
-            self.takers,
-            key=lambda name: (self.counts[name] / capacity_of(members[name].record.capacity), name),
-            default="",
+    def _heir_of_drained(self, shard: int, fair: Mapping[str, int]) -> str:
+        """Its first successor; if that one has its share already, the next that has not, so that none moves twice."""
+        heirs = [name for name in self.order[shard] if name in self.takers]
+        hungry = (name for name in heirs if self.counts[name] < fair[name])
+        return next(
+            hungry, heirs[0] if heirs else max(fair, key=lambda name: fair[name] - self.counts[name], default="")
         )
+
+    def _fair_shares(self) -> dict[str, int]:
+        """The shares of those who may get shards by a move, as if nobody else had any."""
+        members = self.fleet.members
+        claims = [
+            Claim(name, capacity_of(members[name].record.capacity), self.counts[name], 0, self.snapshot.shards)
+            for name in sorted(self.takers)
+        ]
+        return shares(self.snapshot.shards, claims)
 
     # --- step 3: shares, and homes for those without
 
@@ -477,7 +492,7 @@ class _Planning:
         gone = len(self.snapshot.departed - self.fleet.members.keys())
         if gone > self.limits.brake_share * (gone + len(self.fleet.members)):
             return Hold.BRAKE
-        return Hold.UNREST if self.snapshot.still_for_s < self.limits.settle_s else None
+        return Hold.UNREST if self.snapshot.still_for_s < self.limits.stillness_s(self.snapshot.waited_s) else None
 
     # --- step 5: what should stand, against what does
 

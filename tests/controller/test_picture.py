@@ -191,17 +191,18 @@ def test_who_vanishes_counts_for_the_brake_for_a_while() -> None:
 
 
 def test_a_cold_start_is_counted_from_its_first_sight() -> None:
-    """While most shards have no leader and somebody lives; then not any more."""
+    """While most shards have no leader and somebody lives; each cold start anew."""
     store = Store()
     store.put(KEYS.meta, Meta("test", 2, 16_384, 0, 5))
-    store.snapshot()
+    assert store.snapshot().waited_s > 1e6
     store.now_s += 100
     store.join("a")
     assert store.snapshot().waited_s == 0
     store.now_s += 3
-    assert store.snapshot().waited_s == 3
     store.put(KEYS.leader(0), lead("a"))
-    store.snapshot()
+    assert store.snapshot().waited_s == 3
+    store.now_s += 10
+    store.delete(KEYS.leader(0))
     assert store.snapshot().waited_s == 0
 
 

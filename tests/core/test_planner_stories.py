@@ -135,6 +135,10 @@ class Teller:
     def nobody_departed(self) -> None:
         self.world.departed.clear()
 
+    @phrase(r"membership has been still for ([\d.]+) s")
+    def still_for(self, seconds: str) -> None:
+        self.world.still_for_s = float(seconds)
+
     @phrase(r"([\w, ]+) counts? as departed")
     def departed(self, names: str) -> None:
         self.world.departed |= set(names.split(", "))
