@@ -21,7 +21,7 @@ from shardlead.core import lease as lease_rules
 from shardlead.core.keyspace import Keyspace, decode, encode
 from shardlead.core.lease import Active, Lost, Suspended, Terms
 from shardlead.core.model import WorkerRecord
-from shardlead.errors import KeyspaceError, LeaseGone, NameTaken, StoreError, StoreUnavailable
+from shardlead.errors import KeyspaceError, LeaseGone, NameTaken, StoreError, StoreReplaced, StoreUnavailable
 from shardlead.store.base import (
     Committed,
     Compare,
@@ -87,6 +87,7 @@ class Session:
         self.record = record
         self.create_revision = create_revision
         self.meta_revision = meta_revision
+        self.announced_revision = 0  # of the last `announce` that was applied
         self.terms = terms_of(settings)
         self.on_change: Callable[[lease_rules.State], None] = lambda _state: None
         self.confirm: Callable[[], Awaitable[bool | None]] | None = None
@@ -160,7 +161,9 @@ class Session:
                 task.cancel()
 
     async def announce(self, record: WorkerRecord) -> bool:
-        """Rewrite our record (a new state, say). False if it is not ours any more or the outcome is not known."""
+        """Rewrite our record (a new state, say). False if it is not ours any more or the outcome is not known; it
+        is to be said again then. From now on every T3 writes this one, so that none takes it back."""
+        self.record = record
         key = self._keyspace.worker(self.name)
         txn = Txn((leased_by(key, self.lease),), (Put(key, encode(record), self.lease),))
         try:
@@ -168,7 +171,7 @@ class Session:
         except StoreError:
             return False
         if isinstance(outcome, Committed):
-            self.record = record
+            self.announced_revision = outcome.revision
             return True
         return False
 
@@ -189,13 +192,16 @@ class Session:
     async def _renew_loop(self) -> None:
         pause_s = RETRY_S
         failing_since_ns = 0
-        await asyncio.sleep(self._renew_pause_s())
+        await self._until_renewal()
         while not self.is_lost:
             sent_ns = self._clock.now_ns()  # before the request is written: protocol.md A.4
             try:
                 ttl_s = await self._store.renew(self.lease)
             except LeaseGone:
                 self.lose("the store does not know the lease any more")
+                return
+            except StoreReplaced as exc:
+                self.lose(str(exc))
                 return
             except StoreError as exc:
                 if not failing_since_ns:  # told once, and again when it is over
@@ -211,10 +217,16 @@ class Session:
                 failing_since_ns = 0
             self._set(lease_rules.renewed(self._state, sent_ns, ttl_s, self._clock.now_ns(), self.terms))
             self._wake()
-            await asyncio.sleep(self._renew_pause_s())
+            await self._until_renewal()
 
-    def _renew_pause_s(self) -> float:
-        return self._settings.renew_interval_s * self._rng.uniform(0.9, 1.1)
+    async def _until_renewal(self) -> None:
+        """The time between two renewals; a suspension that no renewal has followed yet cuts it short."""
+        try:
+            async with asyncio.timeout(self._settings.renew_interval_s * self._rng.uniform(0.9, 1.1)):
+                while not isinstance(self._state, Suspended) or self._state.renewed_until_ns:
+                    await self._next_change()
+        except TimeoutError:
+            return
 
     async def _watchman(self) -> None:
         """Wakes at the deadline so that loss is acted on in time; watches the clocks against each other."""
@@ -326,14 +338,19 @@ async def open_session(
             record=replace(record, sid=sid) if record is not None else None,
             meta_revision=meta_revision,
         )
-        if session.record is None or await _register(store, keyspace, session, session.record):
-            return session
+        try:
+            if session.record is None or await _register(store, keyspace, session, session.record):
+                return session
+        except BaseException:  # a stop, too: a record that nobody stands behind would draw requests and shards
+            await session.close()
+            raise
         await session.close()  # so that a late T0 of this lease fails; then begin again
         if clock.now_ns() >= until_ns:
             raise StoreUnavailable(f"worker {name!r} could not register within {settings.ttl_s} s")
 
 
 async def _register(store: Store, keyspace: Keyspace, session: Session, record: WorkerRecord) -> bool:
+    """Whether our record stands; not, if the name is taken. Raises StoreError, and so where meta has changed."""
     key = keyspace.worker(session.name)
     txn = Txn(
         (absent(key), modified_at(keyspace.meta, session.meta_revision)),
@@ -344,6 +361,8 @@ async def _register(store: Store, keyspace: Keyspace, session: Session, record: 
             session.create_revision = revision
             return True
         case Conflict():
+            if await _holder(store, key) is None:
+                raise StoreUnavailable("the cluster's meta has changed")
             return False
         case Unknown():
             holder = await _holder(store, key)

@@ -27,7 +27,7 @@ from shardlead.core.contract import Refused
 from shardlead.core.keyspace import Keyspace
 from shardlead.core.model import WorkerRecord
 from shardlead.core.ring import slot_of
-from shardlead.errors import ClusterError, KeyspaceError, NotLeading, StoreError
+from shardlead.errors import ClusterError, KeyspaceError, NotLeading, StoreError, StoreReplaced
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
 from shardlead.worker.application import Application, Factory
@@ -149,11 +149,17 @@ class Worker:
 
     async def run(self) -> bool:
         """Lead and serve until `stop`, then leave. Whether everything was handed over or given up in time; if not,
-        the lease stands and ends by itself, or by the parent's hand."""
+        the lease stands and ends by itself, or by the parent's hand.
+
+        Raises StoreReplaced if another etcd cluster answers at the endpoints, NameTaken and other ClusterErrors when
+        a lost session cannot be followed by a new one.
+        """
         pause_s = REJOIN_S
         while not self._stopping.is_set():
             try:
                 session = await self._open_session()
+            except StoreReplaced:
+                raise  # another cluster stands at the endpoints now: nothing of ours is there, and no epoch compares
             except (StoreError, KeyspaceError) as exc:
                 log.warning("no session yet", extra={"worker": self.name, "reason": str(exc)})
                 await self._sleep_unless_stopping(pause_s * self._rng.uniform(0.5, 1.0))
