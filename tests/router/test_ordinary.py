@@ -298,6 +298,25 @@ def test_an_old_client_gets_an_old_answer() -> None:
     run(main)
 
 
+def test_the_last_request_of_a_connection_may_have_a_body_in_many_packets() -> None:
+    """Connection: close ends what is read behind the request, not its body."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(request_bytes("POST", "/k/a", bytes(10), Connection="close")[:-5])
+            await here.true(lambda: here.router._number == 1)
+            await client.send(bytes(5) + request_bytes("GET", "/k/never"))
+            answer = await client.answer()
+            assert (answer.json["body"], answer.headers["connection"]) == (10, "close")
+            assert await client.closed()
+            assert len(worker.requests) == 1
+
+    run(main)
+
+
 def test_an_answer_that_ends_with_its_connection_ends_in_order() -> None:
     """A worker's answer without a length is re-framed, and its connection is not used again."""
 
