@@ -26,7 +26,7 @@ from shardlead.config import WORKER_IDLE_TIMEOUT_S, WorkerSettings
 from shardlead.core import contract
 from shardlead.core.contract import Refused
 from shardlead.core.ownership import FencedOff, Serving
-from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError
+from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError, WriteUnknown
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.application import Description, Hosted
 from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
@@ -233,7 +233,7 @@ class Front:
         task = asyncio.current_task()
         assert task is not None
         started_ns = self._clock.now_ns()
-        fenced: Fenced | None = None
+        stale: Fenced | WriteUnknown | None = None
         tenure.enter(task)
         self._running += 1
         try:
@@ -244,7 +244,7 @@ class Front:
             await self._send(response, request, gate)
         except (AnswerCut, LeadershipError) as exc:
             failure: Exception | None = None
-            fenced = exc if isinstance(exc, Fenced) else None
+            stale = exc if isinstance(exc, Fenced | WriteUnknown) else None
         except asyncio.CancelledError as exc:
             if task.cancelling() == 0:  # of the application's own making: it awaited something that was cancelled
                 failure = RuntimeError("handle was cancelled from within")
@@ -266,8 +266,8 @@ class Front:
             tenure.tunnels.discard(gate)
             gate.finish()
             self._duration.observe((self._clock.now_ns() - started_ns) / NS_PER_S)
-        if fenced is not None and self._host.state(call.shard) == Serving(call.epoch):
-            self._host.feed(call.shard, FencedOff(str(fenced)))  # as for open() and run(): a new epoch, a fresh object
+        if stale is not None and self._host.state(call.shard) == Serving(call.epoch):
+            self._host.feed(call.shard, FencedOff(str(stale)))  # as for open() and run(): a new epoch, a fresh object
         return await self._answer_instead(request, gate, tenure, call, failure)
 
     async def _handle(self, request: web.Request, tenure: Tenure) -> web.StreamResponse:
