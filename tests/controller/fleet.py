@@ -43,7 +43,8 @@ class Fleet:
         self.rng = random.Random(7)
         self.sessions: dict[str, Session] = {}
         self.controllers: dict[str, Controller] = {}
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # for `until`
+        self._work = asyncio.Event()  # for `hands`; an event that two wait for and clear loses wakings
         self._tasks: dict[str, asyncio.Task[None]] = {}
         prefix = keyspace.prefix
         self.mirror = Mirror(
@@ -52,6 +53,7 @@ class Fleet:
 
     def _on_change(self, _change: Change) -> None:
         self._changed.set()
+        self._work.set()
 
     # --- what stands
 
@@ -168,7 +170,7 @@ class Fleet:
     async def hands(self) -> None:
         """Obey assignments until cancelled: whoever is first in a fresh order leads."""
         while True:
-            self._changed.clear()
+            self._work.clear()
             for shard, copies in self.copies().items():
                 order = next(iter(copies.values())).order
                 copy = self.mirror.kvs.get(self.keyspace.assignment(order[0], shard))
@@ -178,7 +180,7 @@ class Fleet:
                     continue
                 if leader is None or decode(LeaderRecord, leader.key, leader.value).worker != order[0]:
                     await self.claim(shard, order[0], leader.mod_revision if leader is not None else 0)
-            await self._changed.wait()  # no time-out: cancelled at the end of the test
+            await self._work.wait()  # no time-out: cancelled at the end of the test
 
     async def read_assignments(self) -> int:
         inboxes = self.keyspace.inboxes
