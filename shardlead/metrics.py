@@ -61,7 +61,8 @@ class WorkerMetrics:
         self.leaderships = Gauge("shardlead_worker_leaderships", "Shards led here now.", registry=registry)
         self.shards = Gauge(
             "shardlead_worker_shards",
-            "Shards concerned here, by state: claiming, opening, serving, draining, releasing, fenced, backing-off.",
+            "Shards concerned here, by state: claiming, waiting, opening, serving, draining, stopping, closing, "
+            "passing, paused.",
             ["state"],
             registry=registry,
         )
@@ -83,18 +84,6 @@ class WorkerMetrics:
             ["reason"],
             registry=registry,
         )
-        self.renewals = Counter(
-            "shardlead_renewals_total",
-            "Attempts to renew the lease: renewed, failed or gone.",
-            ["result"],
-            registry=registry,
-        )
-        self.renewal_duration = Histogram(
-            "shardlead_renewal_duration_seconds",
-            "How long one attempt to renew took.",
-            buckets=STEP_BUCKETS_S,
-            registry=registry,
-        )
         self.claims = Counter(
             "shardlead_claims_total",
             "Claims by result: won, lost, conflict, unknown or adopted.",
@@ -113,20 +102,18 @@ class WorkerMetrics:
         )
         self.handoff_duration = Histogram(
             "shardlead_handoff_duration_seconds",
-            "From the leader's draining (out) or the target's want (in) until the leadership had moved.",
-            ["direction"],
+            "From the begin of a shard's draining here until its leadership had moved.",
             buckets=STEP_BUCKETS_S,
             registry=registry,
         )
         self.leadership_losses = Counter(
             "shardlead_leadership_losses_total",
-            "Leaderships that ended without being given up, by reason.",
-            ["reason"],
+            "Leaderships that ended without being given up.",
             registry=registry,
         )
         self.application_duration = Histogram(
             "shardlead_application_duration_seconds",
-            "How long the application's open, drain and close took.",
+            "How long a shard was opening (open), draining (drain) and closing (close).",
             ["step"],
             buckets=STEP_BUCKETS_S,
             registry=registry,

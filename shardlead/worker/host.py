@@ -10,9 +10,10 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, assert_never
 
 from shardlead.clock import NS_PER_S, Clock
@@ -124,13 +125,34 @@ class Envoy(Protocol):
     async def pass_on(self, shard: int, epoch: int, goal: HandOver | Resign | Remint, *, is_clean: bool) -> Passage: ...
 
 
+_STEPS: Final[Mapping[type[ownership.State], str]] = {
+    ownership.Opening: "open",
+    ownership.Draining: "drain",
+    ownership.Closing: "close",
+}
+"""The states in which the application is waited for, as the metrics call them."""
+_COUNTED: Final = (
+    ownership.Claiming,
+    ownership.Waiting,
+    ownership.Opening,
+    ownership.Serving,
+    ownership.Draining,
+    ownership.Stopping,
+    ownership.Closing,
+    ownership.Passing,
+    ownership.Paused,
+)
+
+
 class _Entry:
     """One shard's mutable place in the host."""
 
     __slots__ = (
         "backoff_until_ns",
         "changed",
+        "draining_since_ns",
         "elsewhere_epoch",
+        "entered_ns",
         "failures",
         "is_clean",
         "leader",
@@ -148,6 +170,8 @@ class _Entry:
         self.leader = ""  # whom it was handed to, or who was found to lead it
         self.elsewhere_epoch = 0  # no epoch up to this one is ours, as a look at the store has shown
         self.serving_since_ns = 0
+        self.entered_ns = 0  # when the present state began, and the last draining: for the metrics
+        self.draining_since_ns = 0
         self.is_clean = True  # everything of the last tenure had ended when it was closed
 
 
@@ -186,6 +210,9 @@ class Host:
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._health: asyncio.Task[None] | None = None
         self._is_unfenced_told = False
+        metrics.leaderships.set_function(lambda: len(self.led()))
+        for kind in _COUNTED:
+            metrics.shards.labels(kind.__name__.lower()).set_function(partial(self._count, kind))
 
     async def __aenter__(self) -> "Host":
         self._health = asyncio.create_task(self._watch_health(), name="health")
@@ -333,9 +360,27 @@ class Host:
             case _:
                 pass
         self._tell_changed(entry)
-        self._metrics.leaderships.set(len(self.led()))
+        self._measure(entry, before, event)
         if isinstance(entry.state, ownership.Idle):
             self.on_idle()
+
+    def _measure(self, entry: _Entry, before: ownership.State, event: ownership.Event) -> None:
+        now_ns, began_ns = self._clock.now_ns(), entry.entered_ns
+        entry.entered_ns = now_ns
+        if (step := _STEPS.get(type(before))) is not None:
+            self._metrics.application_duration.labels(step).observe((now_ns - began_ns) / NS_PER_S)
+        match entry.state:
+            case ownership.Draining():
+                entry.draining_since_ns = now_ns
+            case ownership.Idle() if isinstance(event, ownership.Gone) and ownership.epoch_led(before):
+                self._metrics.leadership_losses.inc()
+            case ownership.Idle() if isinstance(before, ownership.Passing) and isinstance(before.goal, HandOver):
+                self._metrics.handoff_duration.observe((now_ns - entry.draining_since_ns) / NS_PER_S)
+            case _:
+                pass
+
+    def _count(self, kind: type[ownership.State]) -> int:
+        return sum(isinstance(entry.state, kind) for entry in self._entries.values())
 
     def _tell_changed(self, entry: _Entry) -> None:
         changed, entry.changed = entry.changed, asyncio.Event()
