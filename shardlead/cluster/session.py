@@ -49,6 +49,7 @@ WALL_JUMP_S: Final = 0.25  # a wall clock that runs ahead by more: this machine 
 CONFIRM_JITTER_S: Final = 0.2
 CONFIRM_PAUSE_S: Final = 1.0  # T3 at most once a second
 CLOSE_TIMEOUT_S: Final = 3.0
+CLOSED: Final = "closed"  # the reason of a session that was ended on purpose
 
 
 def terms_of(settings: LeaseSettings) -> Terms:
@@ -178,7 +179,7 @@ class Session:
     async def close(self) -> None:
         """Revoke the lease, which deletes all its keys in one revision. Bounded; a store that is away ends it anyway
         by expiry. Lost or not, the session is over afterwards."""
-        self.lose("closed")
+        self.lose(CLOSED)
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._store.revoke(self.lease)
@@ -284,6 +285,8 @@ class Session:
                 log.info("session active", extra=facts)
             case Suspended():
                 log.warning("session suspended: its deadline passed without a verdict", extra=facts)
+            case Lost(reason) if reason == CLOSED:
+                log.info("session closed", extra=facts)
             case Lost(reason):
                 log.warning("session lost", extra={**facts, "reason": reason})
 
