@@ -563,4 +563,4 @@ def _how(code: int | None) -> str:
     """An exit code in words; a worker's parent passes a signal on as 128 + its number."""
     number = -code if code is not None and code < 0 else (code or 0) - 128
     names = {int(known): known.name for known in signal.Signals}
-    return f"signal {number} ({names[number]})" if number in names else f"exit code {code}"
+    return names.get(number, f"exit code {code}")

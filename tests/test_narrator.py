@@ -39,14 +39,14 @@ def test_many_changes_at_once_are_one_line_a_pair() -> None:
 def test_a_crash_names_the_time_without_a_leader() -> None:
     """Between the end of a lease and the next claim the shard had no leader; the longest such time is told."""
     narrator = _three()
-    narrator.died("w1", "signal 9")
+    narrator.died("w1", "SIGKILL")
     narrator.observe(_worker("w1", "gone"))
     narrator.observe(_leader(0, None, 5.0, 101))
     narrator.observe(_leader(3, None, 5.0, 101))
     narrator.observe(_leader(0, "w2", 5.020, 102))
     narrator.observe(_leader(3, "w2", 5.031, 103))
     assert narrator.tell() == [
-        "w1 died (signal 9)",
+        "w1 died (SIGKILL)",
         "w1 -> w2: shards 0, 3 (w1 died), without a leader for at most 31 ms",
     ]
 

@@ -124,7 +124,7 @@ def test_one_command_gives_a_working_cluster(tmp_path: Path, store: str) -> None
             victim = rows[0]
             assert f"kill -9 {victim['pid']}" in terminal.text
             os.kill(victim["pid"], signal.SIGKILL)
-            await terminal.shows("w1 died (signal 9 (SIGKILL))")
+            await terminal.shows("w1 died (SIGKILL)")
             await terminal.shows("(w1 died)")
             assert (await post(f"{terminal.url}/counters/alice"))[1]["value"] == 3
 
