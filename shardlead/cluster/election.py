@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from shardlead.clock import Clock
+from shardlead.clock import NS_PER_S, Clock
 from shardlead.cluster.session import Session
 from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode, encode
@@ -49,6 +49,7 @@ from shardlead.store.base import (
 log = logging.getLogger("shardlead.election")
 
 BATCH: Final = 64  # shards in one transaction; 126 would fit (protocol.md A.3), 64 keeps each under a few ms
+LOGGED_MAX: Final = 1_000  # damaged records remembered as already logged
 SHORT_TENURE_S: Final = 10.0  # a tenure that ends without a clean close sooner than this counts as short
 
 
@@ -125,6 +126,8 @@ class Election:
         self._session = session
         self._clock = clock
         self._histories: dict[int, History] = {}
+        self._brakes: dict[int, tuple[int, int]] = {}  # shard -> revision of its history, and until when it is braked
+        self._logged: set[tuple[bytes, int]] = set()
 
     # --- T1 ---
 
@@ -132,6 +135,7 @@ class Election:
         """Claim these shards (at most BATCH). Repeating a claim whose outcome is unknown is safe."""
         assert len(shards) <= BATCH, f"{len(shards)} shards in one claim"
         keys, session = self._keys, self._session
+        answers: dict[int, ClaimAnswer] = {}
         try:
             former = await self._read_histories(shards)
             answers, shards = self._brake(former)
@@ -146,32 +150,43 @@ class Election:
                 )
             )
         except LeaseGone:
-            return dict.fromkeys(shards, SessionOver("the lease is gone"))
+            return answers | dict.fromkeys(shards, SessionOver("the lease is gone"))
         except StoreError as exc:
-            return dict.fromkeys(shards, Undecided(str(exc)))
+            return answers | dict.fromkeys(shards, Undecided(str(exc)))
         match outcome:
             case Committed(revision, results):
                 for shard, result in zip(shards, results, strict=True):
                     answers[shard] = self._claim_answer(shard, former[shard][0], revision, result)
                 return answers
             case Conflict(_, results):
-                return dict.fromkeys(shards, SessionOver(self._why_refused(results)))
+                return answers | dict.fromkeys(shards, SessionOver(self._why_refused(results)))
             case Unknown(why):
-                return dict.fromkeys(shards, Undecided(why))
+                return answers | dict.fromkeys(shards, Undecided(why))
             case _:
                 assert_never(outcome)
 
     def _brake(
         self, former: Mapping[int, tuple[History | None, int]]
     ) -> tuple[dict[int, ClaimAnswer], tuple[int, ...]]:
-        """Set aside the shards whose leaders keep failing; the others may be claimed now."""
-        now_s = self._clock.wall_s()
+        """Set aside the shards whose leaders keep failing; the others may be claimed now.
+
+        `since` is another machine's wall clock: it can shorten the brake and never lengthen it, which is counted
+        here, from when this history was first seen.
+        """
+        now_s, now_ns = self._clock.wall_s(), self._clock.now_ns()
         answers: dict[int, ClaimAnswer] = {}
-        for shard, (history, _) in former.items():
-            if history is not None and history.sid != self._session.sid:
-                wait_s = history.since + duties.brake_s(history.short_tenures) - now_s
-                if wait_s > 0:
-                    answers[shard] = NotYet(min(wait_s, duties.BRAKE_MAX_S))
+        for shard, (history, revision) in former.items():
+            brake_s = duties.brake_s(history.short_tenures) if history is not None else 0.0
+            if history is None or not brake_s or history.sid == self._session.sid:
+                self._brakes.pop(shard, None)
+                continue
+            seen_revision, until_ns = self._brakes.get(shard, (0, 0))
+            if seen_revision != revision:
+                wait_s = min(brake_s, history.since + brake_s - now_s)
+                until_ns = now_ns + int(wait_s * NS_PER_S)
+                self._brakes[shard] = (revision, until_ns)
+            if until_ns > now_ns:
+                answers[shard] = NotYet((until_ns - now_ns) / NS_PER_S)
         return answers, tuple(shard for shard in former if shard not in answers)
 
     def _claim_one(self, shard: int, former: tuple[History | None, int], reason: str) -> Txn:
@@ -222,7 +237,7 @@ class Election:
             since=now_s,
             reason=reason,
             clean=before.ended and before.clean,
-            short_tenures=before.short_tenures + 1 if is_short else before.short_tenures,
+            short_tenures=before.short_tenures + 1 if is_short else before.short_tenures if before.ended else 0,
             ended=False,
             ttl_s=ttl_s,
             previous=(past, *before.previous)[:PREVIOUS_MAX],
@@ -284,9 +299,17 @@ class Election:
     # --- T4, T5, T5s ---
 
     async def resign(
-        self, shard: int, revision: int, heir: tuple[str, Member] | None, *, is_clean: bool, is_failure: bool, why: str
+        self,
+        shard: int,
+        revision: int,
+        heirs: Sequence[tuple[str, Member]],
+        *,
+        is_clean: bool,
+        is_failure: bool,
+        why: str,
     ) -> PassAnswer:
-        """T4: delete our key, with an offer to `heir`. A newer key of our own session is deleted as well.
+        """T4: delete our key, with an offer to the first of `heirs` whose lease stands. A newer key of our own
+        session is deleted as well.
 
         Done, LedBy and Nobody all mean that it is over; only Undecided must be repeated.
         """
@@ -302,17 +325,17 @@ class Election:
                 short_tenures=(history.short_tenures + 1 if history else 1) if is_failure else 0,
             )
             writes: tuple[Op, ...] = (Delete(keys.leader(shard)), Put(keys.history(shard), encode(ended)))
-            if heir is not None:
-                name, member = heir
+            if heirs:
+                name, member = heirs[0]
                 offer = Offer(sid=member.record.sid, by=session.name, reason=why)
                 writes = (*writes, Put(keys.offer(name, shard), encode(offer), member.lease))
             outcome = await self._store.commit(
                 Txn((modified_at(keys.leader(shard), revision),), writes, (Range(keys.leader(shard)),))
             )
         except LeaseGone:  # the heir has died meanwhile; nothing was applied
-            if heir is None:
+            if not heirs:
                 return Undecided("the store reports a missing lease where none was named")
-            return await self.resign(shard, revision, None, is_clean=is_clean, is_failure=is_failure, why=why)
+            return await self.resign(shard, revision, heirs[1:], is_clean=is_clean, is_failure=is_failure, why=why)
         except StoreError as exc:
             return Undecided(str(exc))
         match outcome:
@@ -325,7 +348,7 @@ class Election:
                 holder = self._holder(results[0])
                 if isinstance(holder, LedBy) and holder.leader.sid == session.sid:
                     return await self.resign(
-                        shard, holder.revision, heir, is_clean=is_clean, is_failure=is_failure, why=why
+                        shard, holder.revision, heirs, is_clean=is_clean, is_failure=is_failure, why=why
                     )
                 return holder
             case _:
@@ -502,7 +525,10 @@ class Election:
         try:
             return LedBy(decode(LeaderRecord, kv.key, kv.value), kv.mod_revision)
         except KeyspaceError as exc:
-            log.warning("leader record cannot be read", extra={"key": kv.key.decode("ascii"), "reason": exc.reason})
+            if len(self._logged) < LOGGED_MAX and (kv.key, kv.mod_revision) not in self._logged:
+                self._logged.add((kv.key, kv.mod_revision))
+                facts = {"key": kv.key.decode("ascii"), "reason": exc.reason}
+                log.error("leader record cannot be read: nobody can lead this shard until it is deleted", extra=facts)
             return LedBy(LeaderRecord(worker="", sid=""), kv.mod_revision)
 
 

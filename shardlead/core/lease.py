@@ -93,16 +93,16 @@ def lapsed(state: State, now_ns: int) -> State:
 def doubted(state: State, now_ns: int) -> State:
     """Something contradicts our picture (a clock alarm, a leader key that is not ours): stop until confirmed."""
     match state:
-        case Active():
-            return Suspended(since_ns=now_ns)
-        case _:
+        case Active() | Suspended():
+            return Suspended(since_ns=now_ns)  # what was renewed before the doubt proves nothing any more
+        case Lost():
             return state
 
 
 def confirmed(state: State, renewed_until_ns: int, now_ns: int) -> State:
     """A transaction T3 succeeded that was sent when `renewed_until_ns` was already acknowledged."""
     match state:
-        case Suspended() if now_ns < renewed_until_ns:
+        case Suspended(renewed_until_ns=known_ns) if now_ns < renewed_until_ns <= known_ns:
             return Active(renewed_until_ns)
         case _:
             return state

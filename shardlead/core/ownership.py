@@ -349,14 +349,16 @@ def _outside(state: Idle | Claiming, event: Event) -> Step:
             return (state, ()) if isinstance(state, Claiming) else (Claiming(dead_epoch), (Claim(),))
         case Won(epoch) if epoch <= dead_epoch:
             # our own release, seen late or applied late: the key, if it stands, is ours to delete and not to serve
-            return Passing(epoch, Resign("an epoch that was given up")), (Send(epoch, Resign("an epoch that was given up")),)
+            return Passing(epoch, Resign("an epoch that was given up")), (
+                Send(epoch, Resign("an epoch that was given up")),
+            )
         case Won(epoch, is_active, must_wait):
             if must_wait:
                 return Waiting(epoch), (Wait(),)
             return _begin(epoch, is_active)
-        case ClaimLost():
-            return Idle(dead_epoch), ()
-        case Gone() | Suspended() | Confirmed() | Wanted() | GivenUp() | Failed() | FencedOff():
+        case ClaimLost() | Gone():
+            return Idle(dead_epoch), ()  # a claim of a session that is over is over with it
+        case Suspended() | Confirmed() | Wanted() | GivenUp() | Failed() | FencedOff():
             return state, ()  # told to all shards, or about an object that has ended since
         case _:
             raise AssertionError(f"{event} in {state}")

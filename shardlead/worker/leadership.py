@@ -51,7 +51,18 @@ class Leadership:
     on, the lease is lost, or its deadline passes; never valid again afterwards.
     """
 
-    __slots__ = ("_executor", "_guard", "_lost", "_threads", "draining", "epoch", "has_barrier", "shard", "worker")
+    __slots__ = (
+        "_executor",
+        "_guard",
+        "_lost",
+        "_threads",
+        "draining",
+        "epoch",
+        "has_barrier",
+        "has_overrun",
+        "shard",
+        "worker",
+    )
 
     def __init__(self, shard: int, epoch: int, worker: str, guard: Guard, executor: Executor | None = None) -> None:
         self.shard = shard
@@ -59,6 +70,7 @@ class Leadership:
         self.worker = worker
         self.draining = Draining()
         self.has_barrier = False
+        self.has_overrun = False  # for the runtime: some work of it ended when its right to work was over
         self._guard = guard
         self._executor = executor
         self._lost = ""
@@ -89,7 +101,7 @@ class Leadership:
         future: asyncio.Future[R] = loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
         threads: set[asyncio.Future[R]] = self._threads  # type: ignore[assignment]  # only waited for, never read
         threads.add(future)
-        future.add_done_callback(threads.discard)
+        future.add_done_callback(self._thread_ended)
         return await asyncio.shield(future)
 
     # --- for the runtime alone ---
@@ -103,6 +115,16 @@ class Leadership:
     def threads(self) -> frozenset[asyncio.Future[object]]:
         """Blocking functions that still run."""
         return frozenset(self._threads)
+
+    def note_end(self) -> None:
+        """A piece of work has ended. If the deadline had passed by then, what it sent may still be on its way, and
+        would carry this epoch: the epoch must not go on (protocol.md A.5)."""
+        if not self.is_valid(0.0):
+            self.has_overrun = True
+
+    def _thread_ended(self, future: "asyncio.Future[object]") -> None:
+        self._threads.discard(future)
+        self.note_end()
 
     def revoke(self, reason: str) -> None:
         """Take the leadership away, at once and for good."""

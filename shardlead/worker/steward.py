@@ -48,6 +48,7 @@ CLAIM_PAUSE_S: Final = 0.1
 RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants
 DOUBT_PAUSE_S: Final = 1.0
 STILL_MINE_S: Final = 1.0
+HEIRS_MAX: Final = 3  # so many are offered a shard that is given up, one after the other, should their leases be gone
 FROZEN_PAUSE_S: Final = 2.0  # how often a shard that may not be asked for is looked at again
 
 
@@ -511,9 +512,9 @@ class Steward:
                     case rest:
                         return _not_ours(rest)
             case Resign(reason, is_failure):
-                heir = self._heir(shard)
+                heirs = self._heirs(shard)
                 resigned = await self._election.resign(
-                    shard, revision, heir, is_clean=is_clean, is_failure=is_failure, why=reason
+                    shard, revision, heirs, is_clean=is_clean, is_failure=is_failure, why=reason
                 )
                 if isinstance(resigned, Done):
                     self._metrics.resigns.labels("failure" if is_failure else "stop").inc()
@@ -532,11 +533,10 @@ class Steward:
             case _:
                 assert_never(goal)
 
-    def _heir(self, shard: int) -> tuple[str, Member] | None:
+    def _heirs(self, shard: int) -> tuple[tuple[str, Member], ...]:
         fleet = self.view.fleet
-        for name in duties.heirs(shard, self.inbox.orders.get(shard), fleet, self.session.name):
-            return name, fleet.members[name]
-        return None
+        names = duties.heirs(shard, self.inbox.orders.get(shard), fleet, self.session.name)
+        return tuple((name, fleet.members[name]) for name in names[:HEIRS_MAX])
 
     # --- audit ---
 

@@ -62,8 +62,9 @@ class Tenure:
 
     @property
     def is_busy(self) -> bool:
-        """Whether anything of this leadership runs: a request, a tunnel, run(), a thread."""
-        return bool(self._running or self.tunnels or self.lead.threads) or (
+        """Whether anything of this leadership runs or has run past its deadline: a request, a tunnel, run(), a
+        thread."""
+        return bool(self._running or self.tunnels or self.lead.threads or self.lead.has_overrun) or (
             self.run_task is not None and not self.run_task.done()
         )
 
@@ -79,6 +80,7 @@ class Tenure:
     def leave(self, task: "asyncio.Task[object]") -> None:
         """It has done so."""
         self._running.discard(task)
+        self.lead.note_end()
         if not self._running:
             self._idle.set()
 

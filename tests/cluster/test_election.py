@@ -165,7 +165,7 @@ def test_resigning_offers_the_shard_and_remembers_how_it_ended(on_stage: Play) -
         one, two = await stage.actor("w1"), await stage.actor("w2")
         epoch = (await claimed(one, 3)).revision
         heir = ("w2", await two.member())
-        done = await one.election.resign(3, epoch, heir, is_clean=True, is_failure=False, why="stop")
+        done = await one.election.resign(3, epoch, (heir,), is_clean=True, is_failure=False, why="stop")
         assert isinstance(done, Done)
         offer = await stage.get(stage.keys.offer("w2", 3))
         assert offer is not None
@@ -176,7 +176,8 @@ def test_resigning_offers_the_shard_and_remembers_how_it_ended(on_stage: Play) -
         await one.session.close()
         gone = ("w1", (await two.member()).__class__(heir[1].record, one.session.lease, 0, 0))
         assert isinstance(
-            await two.election.resign(3, next_tenure.revision, gone, is_clean=False, is_failure=False, why="stop"), Done
+            await two.election.resign(3, next_tenure.revision, (gone,), is_clean=False, is_failure=False, why="stop"),
+            Done,
         )
         assert await stage.get(stage.keys.leader(3)) is None
         three = await stage.actor("w3")
@@ -208,7 +209,7 @@ def test_the_past_is_kept_in_order_and_bounded(on_stage: Play) -> None:
         actors = [one, two] * 6
         for actor in actors:
             revision = (await claimed(actor, 3)).revision
-            await actor.election.resign(3, revision, None, is_clean=True, is_failure=False, why="next")
+            await actor.election.resign(3, revision, (), is_clean=True, is_failure=False, why="next")
         history = await one.election.history(3)
         assert history is not None
         assert history.ended
@@ -226,7 +227,7 @@ def test_a_poisoned_shard_is_left_alone_for_longer_and_longer(on_stage: Play) ->
         actors = [await stage.actor(f"w{number}") for number in range(4)]
         for actor in actors[:3]:
             revision = (await claimed(actor, 3)).revision
-            await actor.election.resign(3, revision, None, is_clean=True, is_failure=True, why="boom")
+            await actor.election.resign(3, revision, (), is_clean=True, is_failure=True, why="boom")
         answer = (await actors[3].election.claim([3], "test"))[3]
         assert isinstance(answer, NotYet)
         assert 0 < answer.wait_s <= 1.0

@@ -1,0 +1,364 @@
+"""Several real workers in one process, on one store, with an application that writes down what is done with it.
+
+Nothing here sleeps: `Scene.until` waits for the next change of the store or the next word of an application.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from shardlead.config import ClusterSettings, LeaseSettings, Settings, WorkerSettings
+from shardlead.core.keyspace import decode, encode
+from shardlead.core.model import Assignment, LeaderRecord, Record
+from shardlead.errors import LeaseGone
+from shardlead.metrics import WorkerMetrics
+from shardlead.store.base import UNGUARDED, Committed, Delete, KeyValue, Op, Put, Txn, prefix_end
+from shardlead.store.etcd import EtcdStore
+from shardlead.store.mirror import Mirror
+from shardlead.worker.application import Application
+from shardlead.worker.host import Host
+from shardlead.worker.leadership import Leadership
+from shardlead.worker.runtime import Worker
+from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
+
+BOUND_S = 25.0
+LEASE = LeaseSettings(ttl_s=5, renew_interval_s=0.5, margin_s=0.5)
+SHORT = LeaseSettings(ttl_s=2, renew_interval_s=0.2, margin_s=0.5)
+WORKER = WorkerSettings(
+    drain_timeout_s=3.0,
+    open_timeout_s=2.0,
+    close_timeout_s=0.3,
+    cancel_grace_s=0.3,
+    park_timeout_s=2.0,
+    shutdown_timeout_s=6.0,
+    linger_s=0.0,
+    backoff_s=0.2,
+    controller=False,
+)
+
+Step = Callable[[Leadership], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """Something that was done with an application's object."""
+
+    what: str  # opening, open, run, ran, close
+    worker: str
+    shard: int
+    epoch: int
+
+
+@dataclass
+class Script:
+    """What one worker's objects do; a test may change it at any time."""
+
+    fenced: bool = True
+    open: Step | None = None
+    run: Step | None = None
+    close: Step | None = None
+    healthy: Callable[[Leadership], bool] | None = None
+
+
+class Recorder:
+    """The application's object: writes down, and does as the script says."""
+
+    def __init__(self, scene: "Scene", script: Script, lead: Leadership) -> None:
+        self.scene, self.script, self.lead = scene, script, lead
+
+    async def open(self) -> None:
+        self.scene.note("opening", self.lead)
+        if self.script.open is not None:
+            await self.script.open(self.lead)
+        self.scene.note("open", self.lead)
+
+    async def handle(self, _request: object) -> object:
+        raise NotImplementedError("requests come through admit")
+
+    async def close(self) -> None:
+        self.scene.note("close", self.lead)
+        if self.script.close is not None:
+            await self.script.close(self.lead)
+
+
+class Runner(Recorder):
+    async def run(self) -> None:
+        self.scene.note("run", self.lead)
+        assert self.script.run is not None
+        try:
+            await self.script.run(self.lead)
+        finally:
+            self.scene.note("ran", self.lead)
+
+
+class Patient(Recorder):
+    def healthy(self) -> bool:
+        assert self.script.healthy is not None
+        return self.script.healthy(self.lead)
+
+
+@dataclass
+class Player:
+    """A worker and what a test may do with it."""
+
+    scene: "Scene"
+    worker: Worker
+    store: EtcdStore
+    script: Script
+    clock: SteppedClock
+    exits: list[int]
+    task: "asyncio.Task[bool]" = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return self.worker.name
+
+    @property
+    def lease(self) -> int:
+        assert self.worker.session is not None
+        return self.worker.session.lease
+
+    @property
+    def host(self) -> Host:
+        host = self.worker._host  # the one thing of it that a test cannot see from outside
+        assert host is not None
+        return host
+
+    def epoch(self, shard: int) -> int:
+        return self.worker.led.get(shard, 0)
+
+    async def kill(self) -> None:
+        """The process is gone and its parent has revoked the lease."""
+        lease = self.lease
+        self.task.cancel()
+        await asyncio.wait({self.task})
+        with suppress(LeaseGone):
+            await self.scene.stage.store.revoke(lease)
+
+    async def stop(self) -> bool:
+        """Leave gracefully; what `run` says."""
+        self.worker.stop()
+        return await asyncio.wait_for(self.task, 15)
+
+    @asynccontextmanager
+    async def request(self, shard: int) -> AsyncIterator[Recorder]:
+        """A running request of that shard."""
+        async with self.worker.admit(self.scene.key(shard), self.epoch(shard)) as subject:
+            yield subject
+
+
+class Scene:
+    """The store, the workers, and all that has been said."""
+
+    def __init__(self, built: Stage) -> None:
+        self.stage = built
+        self.keys = built.keys
+        self.words: list[Word] = []
+        self.players: dict[str, Player] = {}
+        self.changes: list[KeyValue] = []  # each put of a leader key, in order
+        self._changed = asyncio.Event()
+        self._mirror = Mirror(
+            built.store,
+            built.keys.prefix,
+            prefix_end(built.keys.prefix),
+            self._apply,
+            name="test",
+            clock=built.clock,
+            rng=random.Random(2),
+        )
+        self._keys: dict[int, str] = {}
+
+    # --- what is known ---
+
+    def note(self, what: str, lead: Leadership) -> None:
+        self.words.append(Word(what, lead.worker, lead.shard, lead.epoch))
+        self._wake()
+
+    def said(self, what: str, worker: str = "", shard: int | None = None) -> list[Word]:
+        """Who did that, in order."""
+        return [
+            word
+            for word in self.words
+            if word.what == what and worker in ("", word.worker) and shard in (None, word.shard)
+        ]
+
+    def leader(self, shard: int) -> str:
+        """Who leads, by the store; "" for nobody."""
+        kv = self.kv(self.keys.leader(shard))
+        return decode(LeaderRecord, kv.key, kv.value).worker if kv is not None else ""
+
+    def leaders(self) -> dict[int, str]:
+        return {shard: name for shard in range(SHARDS) if (name := self.leader(shard))}
+
+    def epoch(self, shard: int) -> int:
+        kv = self.kv(self.keys.leader(shard))
+        return kv.mod_revision if kv is not None else 0
+
+    def kv(self, key: bytes) -> KeyValue | None:
+        return self._mirror.kvs.get(key)
+
+    def under(self, prefix: bytes) -> list[bytes]:
+        return [key for key in self._mirror.kvs if key.startswith(prefix)]
+
+    def is_serving(self, name: str, shard: int) -> bool:
+        """Whether that worker's object is open under the epoch that the store names."""
+        return self.leader(shard) == name and Word("open", name, shard, self.epoch(shard)) in self.words
+
+    def serve(self, name: str, shards: Sequence[int]) -> bool:
+        return all(self.is_serving(name, shard) for shard in shards)
+
+    async def until(self, is_so: Callable[[], object], within_s: float = 10.0) -> None:
+        """Wait for changes until it holds."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not is_so():
+                    await self._changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"not within {within_s} s; {self.leaders()} {self.words[-20:]}") from None
+
+    async def until_serving(self, name: str, *shards: int, within_s: float = 10.0) -> None:
+        await self.until(lambda: self.serve(name, shards), within_s)
+
+    def key(self, shard: int) -> str:
+        """A key of that shard."""
+        host = next(iter(self.players.values())).host
+        number = 0
+        while shard not in self._keys:
+            self._keys.setdefault(host.shard_of(b"%d" % number), str(number))
+            number += 1
+        return self._keys[shard]
+
+    # --- what a test does ---
+
+    async def write(self, *ops: Op) -> int:
+        """By the test's own hand, as a controller or an operator would. The revision."""
+        outcome = await self.stage.store.commit(Txn(UNGUARDED, ops))
+        assert isinstance(outcome, Committed), outcome
+        return outcome.revision
+
+    async def put(self, key: bytes, record: Record, lease: int = 0) -> int:
+        return await self.write(Put(key, encode(record), lease))
+
+    async def delete(self, key: bytes) -> None:
+        await self.write(Delete(key))
+
+    async def assign(self, orders: dict[int, tuple[str, ...]], revoke_from: Sequence[str] = ()) -> None:
+        """A controller's wish: one copy in each concerned inbox, all in one transaction."""
+        ops: list[Op] = []
+        for shard, order in orders.items():
+            record = encode(Assignment(order=order, reason="test"))
+            ops += [Put(self.keys.assignment(name, shard), record) for name in order]
+            ops += [Delete(self.keys.assignment(name, shard)) for name in revoke_from if name not in order]
+        await self.write(*ops)
+
+    async def settle(self) -> None:
+        """Until everything written so far has been seen here."""
+        revision = await self.put(self.keys.prefix + b"test/settle", LeaderRecord(worker="t", sid="t"))
+        await self.until(lambda: self._mirror.revision >= revision)
+
+    def player(
+        self,
+        name: str,
+        script: Script | None = None,
+        *,
+        lease: LeaseSettings = LEASE,
+        explicit: Sequence[str] = (),
+        cluster: ClusterSettings | None = None,
+        **changes: Any,
+    ) -> Player:
+        script = script or Script()
+        clock = SteppedClock()
+        exits: list[int] = []
+        kind = Runner if script.run is not None else Patient if script.healthy is not None else Recorder
+
+        def make(lead: Leadership) -> object:
+            return kind(self, script, lead)
+
+        make.fenced = script.fenced  # type: ignore[attr-defined]  # where an application's class says it
+        settings = Settings(
+            cluster=cluster or ClusterSettings(name="test", shards=SHARDS),
+            store=self.stage.settings,
+            lease=lease,
+            worker=replace(WORKER, name=name, **changes),
+        )
+        store = EtcdStore(self.stage.settings, clock=clock, rng=random.Random(name))
+        worker = Worker(
+            store,
+            Application(make, name="recorder"),
+            settings,
+            clock=clock,
+            rng=random.Random(name),
+            metrics=WorkerMetrics(CollectorRegistry()),
+            explicit=explicit,
+            exit_process=exits.append,
+        )
+        return Player(self, worker, store, script, clock, exits)
+
+    async def start(self, name: str, script: Script | None = None, **settings: Any) -> Player:
+        """A worker that is up."""
+        player = self.player(name, script, **settings)
+        entered = asyncio.Event()
+
+        async def live() -> bool:
+            async with player.store, player.worker:  # each worker has a store of its own
+                entered.set()
+                return await player.worker.run()
+
+        player.task = asyncio.create_task(live(), name=f"worker {name}")
+        waiting = asyncio.create_task(entered.wait())
+        await asyncio.wait({player.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if player.task.done():
+            await player.task
+        self.players[name] = player
+        await self.until(lambda: self.kv(self.keys.worker(name)) is not None and player.worker.is_ready)
+        return player
+
+    # --- inside ---
+
+    def _apply(self, change: Any) -> None:
+        self.changes += [kv for kv in change.puts if kv.key.startswith(self.keys.leaders)]
+        self._wake()
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, asyncio.Event()
+        event.set()
+
+    @asynccontextmanager
+    async def playing(self) -> AsyncIterator["Scene"]:
+        following = asyncio.create_task(self._mirror.run())
+        try:
+            await self._mirror.wait_loaded(5)
+            yield self
+        finally:
+            tasks = [following, *(player.task for player in self.players.values())]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+def play(kind: str, act: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
+    """Play on a fresh store, bounded; then hold everything that was said against the law."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(BOUND_S), stage(kind) as built, Scene(built).playing() as scene:
+            await act(scene)
+            check(scene)
+
+    asyncio.run(bounded())
+
+
+def check(scene: Scene) -> None:
+    """One object a leadership: opened once, closed at most once; epochs of a shard only grow; none is opened twice."""
+    opened = [(word.shard, word.epoch) for word in scene.words if word.what == "opening"]
+    assert len(opened) == len(set(opened)), "an epoch was opened twice"
+    closed = [(word.shard, word.epoch) for word in scene.words if word.what == "close"]
+    assert len(closed) == len(set(closed)), "an object was closed twice"
+    for shard in {shard for shard, _ in opened}:
+        epochs = [epoch for each, epoch in opened if each == shard]
+        assert epochs == sorted(epochs), f"epochs of shard {shard} went back: {epochs}"
