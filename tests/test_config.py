@@ -302,3 +302,18 @@ def test_the_files_show_every_field_with_its_words(name: str) -> None:
 def test_the_files_can_be_used_as_they_are(name: str) -> None:
     """They load without a problem, and what they set differs from nothing that a relation needs."""
     assert load([ROOT / "config" / name]).explicit
+
+
+def test_the_readme_names_settings_that_exist_with_their_defaults() -> None:
+    """`section.field` in code marks is a field; `section.field = value` or `SHARDLEAD_SECTION_FIELD` likewise."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pattern = re.compile(rf"`({'|'.join(SECTIONS)})\.([a-z_]+)(?: = ([^`]+))?`")
+    for section, item, value in pattern.findall(text):
+        field = f"{section}.{item}"
+        assert field in HINTS, field
+        if value:
+            default = loading.default_of(field)
+            stated = tomllib.loads(f"value = {value}")["value"]
+            assert (tuple(stated) if isinstance(stated, list) else stated) == default, field
+    for variable in re.findall(rf"SHARDLEAD_(?:{'|'.join(name.upper() for name in SECTIONS)})_[A-Z_]+", text):
+        assert any(variable == f"SHARDLEAD_{name.replace('.', '_').upper()}" for name in HINTS), variable

@@ -90,15 +90,14 @@ async def reaching(loaded: Loaded) -> AsyncIterator[Store]:
         yield store
 
 
-async def read_look(loaded: Loaded, store: Store, keyspace: Keyspace) -> Look:
-    """Everything about the cluster, at one revision. Raises StoreError, ClusterMissing."""
+async def read_look(loaded: Loaded, store: Store, keyspace: Keyspace, *, has_orders: bool = True) -> Look:
+    """Everything about the cluster, at one revision; without `has_orders` all but the assignments, which are three
+    records a shard. Raises StoreError, ClusterMissing."""
     facts: list[Fact] = []
     unreadable = 0
     revision = 0
-    for start, end in (
-        (keyspace.leaders, prefix_end(keyspace.workers)),
-        (keyspace.inboxes, prefix_end(keyspace.inboxes)),
-    ):
+    ranges = [(keyspace.leaders, prefix_end(keyspace.workers)), (keyspace.inboxes, prefix_end(keyspace.inboxes))]
+    for start, end in ranges if has_orders else ranges[:1]:
         async for kv, at in read_all(store, start, end, revision):
             revision = at
             try:

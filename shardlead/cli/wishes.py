@@ -186,12 +186,12 @@ async def _watched(
     loaded: Loaded, store: Store, keyspace: Keyspace, is_done: Callable[[Look], bool], wait_s: float
 ) -> tuple[Look, bool]:
     """The last look, and whether it showed what was waited for."""
-    look = await read_look(loaded, store, keyspace)
+    look = await read_look(loaded, store, keyspace, has_orders=False)
     try:
         async with asyncio.timeout(wait_s):
             while not is_done(look):
                 await asyncio.sleep(LOOK_PAUSE_S)
-                look = await read_look(loaded, store, keyspace)
+                look = await read_look(loaded, store, keyspace, has_orders=False)
     except TimeoutError:
         return look, False
     return look, True
