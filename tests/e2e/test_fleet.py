@@ -213,6 +213,41 @@ def test_a_lost_host_costs_its_lease(fleet: Scene) -> None:
     check_counts(fleet, ledger, prefix)
 
 
+def test_a_frozen_worker_counts_nothing_under_its_old_epochs(fleet: Scene) -> None:
+    """SIGSTOP under load for longer than the lease, then SIGCONT: others lead its shards, nothing that it does under
+    its old epochs is acknowledged or stored, and it comes back as a worker like any other."""
+    prefix = fleet.prefix("frozen")
+
+    async def story() -> tuple[Ledger, dict[int, int], float, float]:
+        before = await fleet.prepare(*TRIO)
+        old = {shard: before.epochs[shard] for shard, worker in before.leaders.items() if worker == "w1"}
+        async with load_on(fleet, Mix(prefix=prefix, idempotent_share=0.5)) as load:
+            await asyncio.sleep(CALM_S)
+            mark, stopped_s = fleet.cluster.events.mark(), load.now_s()
+            fleet.cluster.workers["w1"].stop()
+            await led_again(fleet, set(old), mark, TTL_S + 5)
+            await asyncio.sleep(CALM_S)
+            cont_s = load.now_s()
+            fleet.cluster.workers["w1"].cont()
+            await fleet.cluster.wait_map(lambda seen: len(seen.workers) == 3, "three again", EVEN_S)
+            await fleet.cluster.wait_even(EVEN_S)
+            await asyncio.sleep(CALM_S)
+        return load.ledger, old, stopped_s, cont_s
+
+    ledger, old, stopped_s, cont_s = fleet.run(story())
+    late = [
+        entry
+        for entry in ledger.entries
+        if entry.is_ok and entry.done_s > cont_s and entry.worker == "w1" and entry.epoch == old.get(entry.shard)
+    ]
+    assert late == []
+    for entry in ledger.failures():
+        assert (entry.method, entry.status, entry.error) == ("POST", 502, "outcome-unknown"), ledger.summary()
+        assert entry.idempotency_key == "", ledger.summary()
+        assert stopped_s - 0.1 < entry.done_s, ledger.summary()
+    check_counts(fleet, ledger, prefix)
+
+
 def test_a_crashed_worker_that_comes_back_claws_nothing_back(fleet: Scene) -> None:
     """After a crash and a return under the same name each shard moves only as evenness needs: once to the newcomer,
     and as many as make it even."""
