@@ -132,7 +132,7 @@ def _order(home: Home, heir: str, rotation: Sequence[str], pool: Pool, successor
     elif heir:
         order.append(heir)
     length = max(1 + successors, len(order))
-    kept = [other for other in home.stored if other in pool.after(home.home) and other not in order]
+    kept = [other for other in dict.fromkeys(home.stored) if other in pool.after(home.home) and other not in order]
     order += kept[: length - len(order)]
     zone = pool.zone[home.home]
     if length > 2 and all(pool.zone[other] == zone for other in order[1:]):

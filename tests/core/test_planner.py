@@ -114,19 +114,21 @@ def test_water_finds_its_level() -> None:
 
 def test_nonsense_in_a_record_is_survived() -> None:
     """Capacities that are no numbers, and names that nobody knows, never stop the planner."""
-    world = World(12)
+    world = World(12, Limits(successors=3))
     world.join("a")
     world.join("b", capacity=float("nan"))
     world.join("c", capacity=-3.0)
     world.join("d", capacity=float("inf"))
     world.copies[3] = {"zed": Copy(("zed", "a", "zed", ""), 5)}
     world.copies[900] = {"a": Copy(("a",), 5)}
+    world.copies[6] = {"a": Copy(("a", "b", "b", "b"), 5)}
     world.copies[4] = {"a": Copy((), 5)}
     world.pins = {900: "a", 5: ""}
     world.settle()
 
     assert world.counts() == {"a": 12, "b": 0, "c": 0, "d": 0}
-    assert set(world.copies[3]) == {"a", *world.order(3)}
+    assert all(sorted(world.order(shard)) == ["a", "b", "c", "d"] for shard in range(12))
+    assert set(world.copies[3]) == set(world.order(3))
 
 
 def test_no_more_than_one_lease_can_carry_is_placed_on_a_worker() -> None:
