@@ -305,11 +305,12 @@ def test_the_files_can_be_used_as_they_are(name: str) -> None:
 
 
 def test_the_readme_names_settings_that_exist_with_their_defaults() -> None:
-    """`section.field` in code marks is a field; `section.field = value` or `SHARDLEAD_SECTION_FIELD` likewise."""
+    """`section.field` in code marks is a field; with `= value` inside or (value) behind it, that is its default; and
+    each SHARDLEAD_SECTION_FIELD is one, too."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pattern = re.compile(rf"`({'|'.join(SECTIONS)})\.([a-z_]+)(?: = ([^`]+))?`")
-    for section, item, value in pattern.findall(text):
-        field = f"{section}.{item}"
+    pattern = re.compile(rf"`({'|'.join(SECTIONS)})\.([a-z_]+)(?: = ([^`]+))?`(?: \((\d[^)]*)\))?")
+    for section, item, inside, behind in pattern.findall(text):
+        field, value = f"{section}.{item}", inside or behind
         assert field in HINTS, field
         if value:
             default = loading.default_of(field)
