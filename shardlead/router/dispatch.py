@@ -360,6 +360,7 @@ class Dispatch:
         seen = self._view.map.leader(gate.shard)
         if (
             not len(gate)
+            and self.gates.get(gate.shard) is gate
             and gate.probe is None
             and seen is not None
             and seen.address

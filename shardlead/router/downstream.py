@@ -48,8 +48,8 @@ class Downstream(asyncio.Protocol):
         "_front",
         "_intake",
         "_is_advancing",
-        "_is_lingering",
         "_is_reading",
+        "_lingers_s",
         "_mark_s",
         "_peer",
         "_transport",
@@ -65,7 +65,7 @@ class Downstream(asyncio.Protocol):
         self._current: Exchange | None = None
         self._tunnel: Exchange | None = None
         self._is_advancing = False
-        self._is_lingering = False
+        self._lingers_s = 0.0  # nothing but the client's leaving is awaited any more, and for no longer than this
         self._is_reading = True
         self._mark_s = front.now_s  # of the last progress
         self.is_full = False
@@ -175,10 +175,10 @@ class Downstream(asyncio.Protocol):
 
     def set_reading(self) -> None:
         transport = self._transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             return
         current = self._tunnel or self._current
-        should_read = self._is_lingering or not (
+        should_read = bool(self._lingers_s) or not (
             self._intake.came or self._intake.rest is not None or (current is not None and current.is_blocked)
         )
         if should_read != self._is_reading:
@@ -191,11 +191,11 @@ class Downstream(asyncio.Protocol):
     # --- `exchange.Client`
 
     def write(self, data: bytes) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():  # uvloop's raises once it is closed
             self._transport.write(data)
 
     def write_two(self, head: bytes, data: bytes) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines((head, data))
 
     def is_last(self, exchange: Exchange) -> bool:
@@ -226,16 +226,21 @@ class Downstream(asyncio.Protocol):
 
     def _linger(self, *, is_read_out: bool) -> None:
         """The last answer is written. A connection closed while bytes are unread is reset, and the answer with it."""
-        self._intake.stop()
-        if is_read_out or self._transport is None or not self._transport.can_write_eof():
+        transport = self._transport
+        if is_read_out or transport is None or transport.is_closing() or not transport.can_write_eof():
             self._close()
             return
-        self._is_lingering = True
+        self._intake.stop()
+        self._lingers_s = LINGER_S
         self._mark_s = self._front.now_s
-        self._transport.write_eof()
+        transport.write_eof()
         self.set_reading()
 
     def _close(self) -> None:
+        """Close, once what was written has left; `check` ends it if the client does not take it."""
+        self._intake.stop()
+        self._lingers_s = self._front.settings.body_progress_timeout_s
+        self._mark_s = self._front.now_s
         if self._transport is not None:
             self._transport.close()
 
@@ -248,8 +253,8 @@ class Downstream(asyncio.Protocol):
         """Called about once a second: end what has taken too long."""
         settings = self._front.settings
         still_s = now_s - self._mark_s
-        if self._is_lingering:
-            if still_s > LINGER_S:
+        if self._lingers_s:
+            if still_s > self._lingers_s:
                 self.cut()
             return
         exchange = self._current

@@ -243,8 +243,7 @@ class Exchange:
         """The client's connection has ended."""
         if self.state == DONE:
             return
-        if self.state == WAITING:
-            self.desk.withdraw(self)
+        self.desk.withdraw(self)
         self._let_go()
         self._end("client-gone")
 
@@ -264,6 +263,7 @@ class Exchange:
 
     def send(self, leader: Leader, pool: Pool, *, must_be_alive: bool) -> None:
         """Send it to this leader."""
+        assert self.state != DONE, f"{self!r} is over"
         self.leader = leader
         self.pool = pool
         self.state = WAITING
@@ -280,6 +280,8 @@ class Exchange:
         connection = self.connection
         self.connection = None
         self.is_waiting_for_100 = False
+        if self.state == SENT:
+            self.state = WAITING
         if connection is not None:
             connection.detach()  # closes it if the request was not wholly sent: no 100, no body, no second request
 

@@ -260,12 +260,12 @@ class Upstream(asyncio.Protocol):
         return self.transport is not None and (self._poll is None or not self._poll.poll(0))
 
     def write(self, data: bytes) -> None:
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():  # uvloop's raises once it is closed
             self.transport.write(data)
 
     def pause(self) -> None:
         """Read no more for now: the client is slow."""
-        if self.transport is not None and not self._is_paused:
+        if self.transport is not None and not self._is_paused and not self.transport.is_closing():
             self._is_paused = True
             self.transport.pause_reading()
 
@@ -273,7 +273,7 @@ class Upstream(asyncio.Protocol):
         """Read on."""
         if self._is_paused:
             self._is_paused = False
-            if self.transport is not None:
+            if self.transport is not None and not self.transport.is_closing():
                 self.transport.resume_reading()
 
     def detach(self) -> None:

@@ -151,6 +151,9 @@ class Worker:
                 await self.script(request)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except RuntimeError as exc:
+            if "handler is closed" not in str(exc):  # uvloop's way to say that the connection has ended
+                self.failures.append(exc)
         except Exception as exc:
             self.failures.append(exc)
         finally:

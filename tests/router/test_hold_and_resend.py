@@ -116,6 +116,26 @@ def test_a_client_that_leaves_while_it_waits_is_not_sent() -> None:
     run(main)
 
 
+def test_a_client_that_leaves_after_a_refusal_is_not_sent_again() -> None:
+    """What was refused and waits is held like any other: with its client it goes, body and all."""
+
+    async def main() -> None:
+        async with stage() as here:
+            old = await here.start("w1", lambda request: _read_and_refuse(request, "draining"))
+            new = await here.start("w2")
+            await here.lead(old)
+            client = await here.client()
+            await client.send(request_bytes("POST", "/k/a", b"x"))
+            await here.held(1)
+            client.leave()
+            await here.held(0)
+            await here.lead(new)
+            assert (await here.ask("GET", "/k/a")).status == 200
+            assert [request.method for request in new.requests] == ["GET"]
+
+    run(main)
+
+
 @pytest.mark.parametrize("reason", ["stale", "draining", "unknown"])
 def test_a_refused_post_goes_to_the_next_leader_bit_for_bit(reason: str) -> None:
     """421 before the handler: whatever the method, the same request goes out again under the larger epoch, and not
