@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from shardlead.clock import SystemClock
 from shardlead.config import Settings
-from shardlead.errors import CommandError, StoreUnavailable
+from shardlead.errors import CommandError, ShardleadError, StoreUnavailable
 from shardlead.metrics import StoreMetrics
 from shardlead.store.base import Store
 from shardlead.store.etcd import EtcdStore
@@ -92,7 +92,13 @@ def run_until_stopped(main: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
     async def listening() -> int:
         stop = Stop()
         stop.listen()
-        return await main(stop)
+        try:
+            return await main(stop)
+        except* ShardleadError:
+            raise  # said in one line by whoever called
+        except* Exception as defects:
+            log.critical("defect in shardlead", exc_info=defects)
+            raise
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(listening())
