@@ -12,6 +12,7 @@ from shardlead.core.fleet import Fleet
 from shardlead.core.model import Assignment
 
 RANK_STEP_S: Final = 0.25  # the next in order waits so long for the one before it
+EVENNESS: Final = "evenness"  # how the reason of an order begins that only evenness asks for
 BRAKE_MAX_S: Final = 60.0
 BRAKE_FREE: Final = 2  # so many short tenures in a row are nothing yet
 
@@ -64,14 +65,18 @@ def wanted(
 ) -> tuple[int, ...]:
     """The shards that this worker is to lead and does not: its rank-0 orders written after its session began.
 
-    An older order counts as absent, so that a worker that comes back under its name claws nothing back.
+    An older order counts as absent, so that a worker that comes back under its name claws nothing back. A freeze
+    holds back what was ordered for evenness, never a drain or a pin.
     """
     if not fleet.is_up(me):
         return ()
     return tuple(
         shard
         for shard, order in orders.items()
-        if order.names[:1] == (me,) and order.mod_revision > session_revision and shard not in held
+        if order.names[:1] == (me,)
+        and order.mod_revision > session_revision
+        and shard not in held
+        and not (fleet.is_frozen and order.assignment.reason.startswith(EVENNESS))
     )
 
 

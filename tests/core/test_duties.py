@@ -86,6 +86,16 @@ def test_an_assignment_older_than_the_session_claws_nothing_back() -> None:
     assert duties.wanted(orders, "a", 60, set(), fleet("b", leaving=["a"])) == ()
 
 
+def test_a_freeze_holds_back_evenness_and_nothing_else() -> None:
+    """Drain > pin > freeze > evenness."""
+    frozen = Fleet(members=fleet("a", "b").members, is_frozen=True)
+    orders = {
+        shard: Order(Assignment(order=("a", "b"), reason=reason), 99)
+        for shard, reason in enumerate(["evenness: 3 instead of 5", "drain of b", "pin", "no leader"])
+    }
+    assert duties.wanted(orders, "a", 60, set(), frozen) == (1, 2, 3)
+
+
 def test_heirs_are_the_orders_living_then_everybody_else() -> None:
     """Best first; a shard without an order has heirs too, and the last worker has none."""
     there = fleet("a", "b", "d", "e")
