@@ -43,7 +43,7 @@ class Handles(Protocol):
     - `async def open(self)`: barrier write, then load; before any request. Failing gives the shard up.
     - `async def run(self)`: background work while leading; cancelled at the end. Failing gives the shard up.
     - `async def close(self)`: exactly once, whatever the reason; the leadership may be invalid by then.
-    - `def healthy(self) -> bool`: False stops renewing the lease, so that others can lead.
+    - `def healthy(self) -> bool`: asked once a second; three times False gives the shard up, so that others can lead.
 
     and on its class: `fenced` (True: storage refuses old epochs) and `idempotent` (False; True: it deduplicates by
     Idempotency-Key, so that unanswered requests may be sent again).
