@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -339,9 +340,25 @@ def request_bytes(method: str, target: str, body: bytes = b"", **headers: str) -
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+class Listener(logging.Handler):
+    """Collects what is logged as an error."""
+
+    def __init__(self, heard: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self.heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(logging.Formatter().format(record))
+
+
 @asynccontextmanager
 async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIterator[Stage]:
     """A router that listens, with a view of an empty cluster of 16 shards."""
+    mishaps: list[str] = []  # what was logged as an error, or nobody caught: none of the stages here has any
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: mishaps.append(f"{context}"))
+    handler = Listener(mishaps)
+    logging.getLogger("shardlead").addHandler(handler)
     clock = SteppedClock()
     keyspace = Keyspace("test")
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -364,6 +381,8 @@ async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIte
                         await worker.stop()
             following.cancel()
         server.cancel()
+    logging.getLogger("shardlead").removeHandler(handler)
+    assert not mishaps
     for worker in here.workers.values():
         assert not worker.failures, worker.failures
 

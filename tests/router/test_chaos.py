@@ -8,7 +8,7 @@ import pytest
 
 from tests.router.support import Request, Stage, Worker, request_bytes, run, stage
 
-SECONDS = 1.5
+SECONDS = 1.0
 CLIENTS = 12
 
 
@@ -152,7 +152,7 @@ async def _use(world: World, name: str, rng: random.Random) -> None:
             client = await world.here.client()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_happens_answers_keep_their_word(seed: int, is_long: bool) -> None:
     """200: executed; exactly once unless twice is harmless. 503: not executed. 502: at most once. Afterwards nothing
     is left: no held request, no kept byte, no gate, no busy connection."""
@@ -182,5 +182,5 @@ def test_whatever_happens_answers_keep_their_word(seed: int, is_long: bool) -> N
             await here.true(lambda: not desk.gates)
             await here.true(lambda: not any(pool.busy or pool.waiting for pool in desk.pools.values()))
 
-    for each in range(seed, 40, 4) if is_long else (seed,):
+    for each in range(seed, 40, 2) if is_long else (seed,):
         run(lambda each=each: main(each))  # type: ignore[misc]  # bound in this round
