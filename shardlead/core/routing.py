@@ -306,8 +306,11 @@ def next_step(happened: Happened, facts: Facts) -> Step:
     if not facts.is_body_kept:
         return rule.instead
     leader = facts.leader
+    pause_s = rule.pause_s
+    if happened is Happened.BROKEN and facts.repeats:  # not one pooled connection: the worker itself is dying
+        pause_s = RECONNECT_PAUSE_S
     if leader is not None and leader.address and leader.epoch >= facts.floor:
-        if leader.epoch > facts.tried or not rule.pause_s:
+        if leader.epoch > facts.tried or not pause_s:
             return Send(leader)
-        return rule.late if facts.time_left_s <= 0 else AskAgain(facts.tried, rule.pause_s)
+        return rule.late if facts.time_left_s <= 0 else AskAgain(facts.tried, pause_s)
     return rule.late if facts.time_left_s <= 0 else Hold(max(facts.tried, facts.floor - 1))

@@ -232,7 +232,8 @@ class Dispatch:
 
     def _send(self, exchange: Exchange, leader: Leader) -> None:
         pool = self.pools.get((leader.worker, leader.address)) or self._new_pool(leader.worker, leader.address)
-        exchange.send(leader, pool, must_be_alive=exchange.head.method not in _SAFE)
+        must_be_alive = exchange.repeats > 0 or exchange.head.method not in _SAFE
+        exchange.send(leader, pool, must_be_alive=must_be_alive)
 
     def _new_pool(self, worker: str, address: str) -> Pool:
         pool = Pool(
