@@ -528,7 +528,7 @@ class Election:
             if len(self._logged) < LOGGED_MAX and (kv.key, kv.mod_revision) not in self._logged:
                 self._logged.add((kv.key, kv.mod_revision))
                 facts = {"key": kv.key.decode("ascii"), "reason": exc.reason}
-                log.error("leader record cannot be read: nobody can lead this shard until it is deleted", extra=facts)
+                log.warning("leader record cannot be read: nobody leads this shard until it is deleted", extra=facts)
             return LedBy(LeaderRecord(worker="", sid=""), kv.mod_revision)
 
 

@@ -36,6 +36,7 @@ HEALTH_INTERVAL_S: Final = 1.0
 HEALTH_STRIKES: Final = 3
 EXIT_STUCK: Final = 70  # sysexits' EX_SOFTWARE: work of an unfenced class outlived its leadership
 OPENS_MAX: Final = 64  # objects that open at once
+REFUSALS_MAX: Final = 3  # new epochs in a row for a shard whose storage refuses them; then it is given up as a failure
 
 
 # --- answers to a request ---
@@ -156,6 +157,7 @@ class _Entry:
         "failures",
         "is_clean",
         "leader",
+        "refusals",
         "serving_since_ns",
         "state",
         "tenure",
@@ -167,12 +169,13 @@ class _Entry:
         self.changed = asyncio.Event()
         self.backoff_until_ns = 0
         self.failures = 0
+        self.refusals = 0  # since it was last served for long
         self.leader = ""  # whom it was handed to, or who was found to lead it
         self.elsewhere_epoch = 0  # no epoch up to this one is ours, as a look at the store has shown
         self.serving_since_ns = 0
         self.entered_ns = 0  # when the present state began, and the last draining: for the metrics
         self.draining_since_ns = 0
-        self.is_clean = True  # everything of the last tenure had ended when it was closed
+        self.is_clean = True  # whether a successor need not wait: all work, here and before us, has surely ended
 
 
 class Host:
@@ -196,7 +199,7 @@ class Host:
         self.fenced = fenced
         self.is_stopping = False
         self.envoy: Envoy | None = None
-        self.on_idle: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[int], None] = lambda _shard: None
         self._settings = settings
         self._worker = worker
         self._make = make
@@ -206,6 +209,10 @@ class Host:
         self._executor = executor
         self._exit_process = exit_process
         self._entries: dict[int, _Entry] = {}
+        self._held_count = 0  # kept by differences: counting all at each change would cost the square of their number
+        self._busy_count = 0  # shards that are not Idle
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._health: asyncio.Task[None] | None = None
@@ -219,6 +226,8 @@ class Host:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self.lose_all("the worker ends")  # nothing is led after a graceful stop; else close() is still called
+        await self.wait_idle(self._settings.cancel_grace_s + self._settings.close_timeout_s)
         if self._health is not None:
             self._tasks.add(self._health)
         for task in self._tasks:
@@ -300,7 +309,19 @@ class Host:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is led, nothing runs and nothing is under way."""
-        return all(isinstance(entry.state, ownership.Idle) for entry in self._entries.values())
+        return not self._busy_count
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until it is, at most so long; whether it is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return self.is_idle
+
+    @property
+    def held_count(self) -> int:
+        """How many shards this worker leads or is claiming."""
+        return self._held_count
 
     def running_count(self) -> int:
         """Requests being handled now."""
@@ -348,7 +369,12 @@ class Host:
 
     def _entered(self, shard: int, entry: _Entry, before: ownership.State, event: ownership.Event) -> None:
         log.debug("shard %s", type(entry.state).__name__.lower(), extra={"shard": shard, "event": repr(event)})
+        self._keep_counts(before, entry.state)
         match entry.state:
+            case ownership.Waiting():
+                entry.is_clean = False  # not before the wait is over, whoever may lead by then
+            case ownership.Opening() | ownership.Paused(is_open=False):
+                entry.is_clean = True
             case ownership.Serving(epoch):
                 entry.serving_since_ns = self._clock.now_ns()
                 entry.leader = ""
@@ -361,8 +387,16 @@ class Host:
                 pass
         self._tell_changed(entry)
         self._measure(entry, before, event)
-        if isinstance(entry.state, ownership.Idle):
-            self.on_idle()
+        if isinstance(entry.state, ownership.Serving | ownership.Idle):
+            self.on_settled(shard)
+
+    def _keep_counts(self, before: ownership.State, state: ownership.State) -> None:
+        self._held_count += _is_held(state) - _is_held(before)
+        self._busy_count += isinstance(before, ownership.Idle) - isinstance(state, ownership.Idle)
+        if self._busy_count:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     def _measure(self, entry: _Entry, before: ownership.State, event: ownership.Event) -> None:
         now_ns, began_ns = self._clock.now_ns(), entry.entered_ns
@@ -437,25 +471,31 @@ class Host:
 
     def _open(self, shard: int, entry: _Entry, epoch: int) -> None:
         assert self.envoy is not None, "a leadership begins within a session"
-        entry.is_clean = True
         lead = Leadership(shard, epoch, self._worker, self.envoy.guard, self._executor)
         tenure = entry.tenure = Tenure(lead)
         tenure.opening = self._begin(self._open_object(shard, entry, tenure), f"open {shard}")
 
     async def _open_object(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
         event: ownership.Event
+        bound = asyncio.timeout(None)
         try:
-            async with self._opens, asyncio.timeout(self._settings.open_timeout_s):
+            async with self._opens, bound:
+                bound.reschedule(asyncio.get_running_loop().time() + self._settings.open_timeout_s)
                 tenure.application = self._make(tenure.lead)
                 await tenure.application.open()
             event = ownership.Opened()
-        except TimeoutError:
-            event = ownership.Failed(f"open() took longer than {self._settings.open_timeout_s} s")
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            log.exception("open() was cancelled from within", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            event = ownership.Failed("open() was cancelled from within")
         except (Fenced, LeadershipLost) as exc:
-            event = ownership.FencedOff(str(exc))
+            event = self._refused(entry, f"open() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
             log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")
+            if bound.expired():
+                event = ownership.Failed(f"open() took longer than {self._settings.open_timeout_s} s")
         if isinstance(event, ownership.Failed):
             self._metrics.application_failures.labels("open").inc()
         if entry.tenure is tenure and isinstance(entry.state, ownership.Opening):
@@ -480,14 +520,29 @@ class Host:
         event: ownership.Event | None = None
         try:
             await tenure.application.run()
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            log.exception("run() was cancelled from within", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            event = ownership.Failed("run() was cancelled from within")
         except (Fenced, LeadershipLost) as exc:
-            event = ownership.FencedOff(str(exc))
+            event = self._refused(entry, f"run() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
             log.exception("run() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
-            self._metrics.application_failures.labels("run").inc()
             event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
+        finally:
+            tenure.lead.note_end()
+        if isinstance(event, ownership.Failed):
+            self._metrics.application_failures.labels("run").inc()
         if event is not None and entry.tenure is tenure and isinstance(entry.state, ownership.Serving):
             self.feed(shard, event)
+
+    def _refused(self, entry: _Entry, reason: str) -> ownership.Event:
+        """A new epoch helps where a newer leader has come and gone; where it does not, the shard is given up."""
+        entry.refusals += 1
+        if entry.refusals > REFUSALS_MAX:
+            return ownership.Failed(reason)
+        return ownership.FencedOff(reason)
 
     async def _drain(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
         with contextlib.suppress(TimeoutError):
@@ -524,21 +579,35 @@ class Host:
     async def _close(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
         application = tenure.application
         if application is not None:
-            try:
-                async with asyncio.timeout(self._settings.close_timeout_s):
-                    await application.close()
-            except TimeoutError:
-                entry.is_clean = False
-                log.warning("close() took too long", extra={"shard": shard, "epoch": tenure.lead.epoch})
-                self._metrics.application_failures.labels("close").inc()
-            except LeadershipError as exc:
-                log.info("close() found its leadership over", extra={"shard": shard, "reason": str(exc)})
-            except Exception:  # the application's own code may raise anything
-                log.exception("close() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
-                self._metrics.application_failures.labels("close").inc()
+            await self._close_object(shard, entry, tenure, application)
         tenure.lead.revoke("closed")
+        if tenure.lead.threads and entry.is_clean:  # of open() or close(); others have been waited for
+            entry.is_clean = await self._wait_ended(shard, tenure)
         if entry.tenure is tenure and isinstance(entry.state, ownership.Closing):
             self.feed(shard, ownership.Closed())
+
+    async def _close_object(self, shard: int, entry: _Entry, tenure: Tenure, application: Hosted) -> None:
+        """In a task of its own, so that not even a close() that will not be cancelled can hold the shard."""
+        facts = {"shard": shard, "epoch": tenure.lead.epoch}
+        closing = asyncio.create_task(application.close(), name=f"close() {shard}")
+        self._tasks.add(closing)
+        closing.add_done_callback(self._tasks.discard)
+        _, late = await asyncio.wait({closing}, timeout=self._settings.close_timeout_s)
+        if late:
+            closing.cancel()
+            await asyncio.wait({closing}, timeout=self._settings.cancel_grace_s)
+            entry.is_clean = False
+            log.warning("close() took too long", extra=facts)
+        elif closing.cancelled():
+            log.error("close() was cancelled from within", extra=facts)
+        elif (error := closing.exception()) is None:
+            return
+        elif isinstance(error, LeadershipError):
+            log.info("close() found its leadership over", extra={**facts, "reason": str(error)})
+            return
+        else:
+            log.error("close() failed", exc_info=error, extra=facts)
+        self._metrics.application_failures.labels("close").inc()
 
     async def _send(self, shard: int, entry: _Entry, epoch: int, goal: HandOver | Resign | Remint) -> None:
         """Repeat the goal's transaction until it is decided, or another goal has taken its place."""
@@ -571,8 +640,10 @@ class Host:
     def _note_end(self, entry: _Entry, goal: HandOver | Resign | Remint) -> None:
         now_ns = self._clock.now_ns()
         if entry.serving_since_ns and now_ns - entry.serving_since_ns > GOOD_TENURE_S * NS_PER_S:
-            entry.failures = 0
+            entry.failures = entry.refusals = 0
         entry.serving_since_ns = 0
+        if not isinstance(goal, Remint):
+            entry.refusals = 0
         if isinstance(goal, Resign) and goal.is_failure:
             entry.failures += 1
             pause_s = min(BACKOFF_MAX_S, self._settings.backoff_s * 2 ** (entry.failures - 1))
@@ -590,7 +661,7 @@ class Host:
                     continue
                 try:
                     is_healthy = bool(application.healthy())
-                except Exception:  # the application's own code may raise anything; raising is not healthy
+                except (Exception, asyncio.CancelledError):  # the application's own code; raising is not healthy
                     log.exception("healthy() failed", extra={"shard": shard})
                     is_healthy = False
                 strikes[shard] = 0 if is_healthy else strikes.get(shard, 0) + 1
@@ -598,6 +669,16 @@ class Host:
                     strikes.pop(shard)
                     self._metrics.application_failures.labels("healthy").inc()
                     self.feed(shard, ownership.Failed(f"healthy() said no {HEALTH_STRIKES} times"))
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task; if not, a CancelledError in it is of the application's own making."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _is_held(state: ownership.State) -> bool:
+    return isinstance(state, ownership.Claiming) or ownership.epoch_led(state) > 0
 
 
 def _goal_reason(state: ownership.State) -> str:

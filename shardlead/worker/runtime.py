@@ -27,19 +27,28 @@ from shardlead.core.contract import Refused
 from shardlead.core.keyspace import Keyspace
 from shardlead.core.model import WorkerRecord
 from shardlead.core.ring import slot_of
-from shardlead.errors import ClusterError, KeyspaceError, NotLeading, StoreError, StoreReplaced
+from shardlead.errors import (
+    ClusterError,
+    ClusterMissing,
+    KeyspaceError,
+    LeadershipLost,
+    NotLeading,
+    StoreError,
+    StoreReplaced,
+)
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
 from shardlead.worker.application import Application, Factory
 from shardlead.worker.host import Admitted, Host, Parked, Turned
 from shardlead.worker.http import Front
 from shardlead.worker.steward import Steward
+from shardlead.worker.tenure import CANCELLED
 
 log = logging.getLogger("shardlead.worker")
 
 REJOIN_S: Final = 0.2  # first pause before a session is opened again after a failure; doubles
 REJOIN_MAX_S: Final = 2.0
-LOOK_S: Final = 0.05
+SOUND_SESSION_S: Final = 2.0  # a session that lasts so long is followed by the next at once
 
 
 class Will(Protocol):
@@ -156,26 +165,42 @@ class Worker:
         """
         pause_s = REJOIN_S
         while not self._stopping.is_set():
+            began_ns = self._clock.now_ns()
             try:
-                session = await self._open_session()
+                session = await self._open_session_unless_stopping()
             except StoreReplaced:
                 raise  # another cluster stands at the endpoints now: nothing of ours is there, and no epoch compares
-            except (StoreError, KeyspaceError) as exc:
+            except (StoreError, KeyspaceError, ClusterMissing) as exc:
                 log.warning("no session yet", extra={"worker": self.name, "reason": str(exc)})
-                await self._sleep_unless_stopping(pause_s * self._rng.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, REJOIN_MAX_S)
-                continue
-            pause_s = REJOIN_S
-            if not await self._live(session):
-                return False
+            else:
+                if session is not None and not await self._live(session):
+                    return False
+                if self._clock.now_ns() - began_ns > SOUND_SESSION_S * NS_PER_S:
+                    pause_s = REJOIN_S
+                    continue  # the session was sound while it lasted; those that end at once come slower and slower
+            await self._sleep_unless_stopping(pause_s * self._rng.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, REJOIN_MAX_S)
         return True
+
+    async def _open_session_unless_stopping(self) -> Session | None:
+        """A session; None if this worker was told to stop before it had one (it may wait long for its name)."""
+        opening = asyncio.create_task(self._open_session(), name="open session")
+        stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+        try:
+            await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return opening.result() if opening.done() else None
+        finally:
+            for task in (opening, stopping):
+                task.cancel()
+            await asyncio.wait({opening, stopping})  # bounded: what has been granted is given back within seconds
 
     @contextlib.asynccontextmanager
     async def admit(self, key: bytes | str, epoch: int) -> AsyncIterator[Any]:
         """For protocols of one's own: the application's object for `key`, as work of its leadership.
 
         The work is waited for by a drain and cancelled by a loss; check the leadership before each effect. Waits for
-        a shard that opens. Raises NotLeading, with the leader if known.
+        a shard that opens. Raises NotLeading, with the leader if known, and LeadershipLost in place of that
+        cancellation.
         """
         host = self._host
         if host is None:
@@ -194,6 +219,10 @@ class Worker:
                 tenure.enter(task)
                 try:
                     yield tenure.application.subject if tenure.application is not None else None
+                except asyncio.CancelledError as exc:
+                    if not tenure.is_lost or exc.args != (CANCELLED,) or task.uncancel():
+                        raise  # somebody else's cancellation, or theirs too
+                    raise LeadershipLost(shard, epoch, "its work was cancelled") from exc
                 finally:
                     tenure.leave(task)
             case Turned(reason, own_epoch, leader):
@@ -361,15 +390,15 @@ class Worker:
     async def _wait_idle(self, timeout_s: float, until: asyncio.Task[None] | None = None) -> bool:
         """Whether the host led and ran nothing any more within so long."""
         assert self._host is not None, "comes after the start"
-        until_ns = self._clock.now_ns() + int(timeout_s * NS_PER_S)
-        while not self._host.is_idle:
-            if self._clock.now_ns() >= until_ns:
-                return False
-            if until is not None and until.done():
-                self._host.lose_all("the session is lost")
-                until = None
-            await asyncio.sleep(LOOK_S)
-        return True
+        idle = asyncio.create_task(self._host.wait_idle(timeout_s), name="wait idle")
+        try:
+            if until is not None:
+                await asyncio.wait({idle, until}, return_when=asyncio.FIRST_COMPLETED)
+                if until.done():
+                    self._host.lose_all("the session is lost")
+            return await idle
+        finally:
+            idle.cancel()
 
     async def _sleep_unless_stopping(self, pause_s: float) -> None:
         with contextlib.suppress(TimeoutError):

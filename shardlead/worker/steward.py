@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from shardlead.clock import NS_PER_S, Clock
@@ -47,6 +47,7 @@ RANK_JITTER_S: Final = 0.05
 CLAIM_PAUSE_S: Final = 0.1
 RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants
 DOUBT_PAUSE_S: Final = 1.0
+ASKED_PAUSE_S: Final = 0.02
 STILL_MINE_S: Final = 1.0
 HEIRS_MAX: Final = 3  # so many are offered a shard that is given up, one after the other, should their leases be gone
 FROZEN_PAUSE_S: Final = 2.0  # how often a shard that may not be asked for is looked at again
@@ -58,6 +59,8 @@ class _Pursuit:
 
     leader: str
     until_ns: int
+    is_standing: bool = False
+    is_takeover: bool = False
 
 
 class Steward:
@@ -78,7 +81,7 @@ class Steward:
         metrics: WorkerMetrics,
     ) -> None:
         self.session = session
-        self.inbox = Inbox(store, keyspace, session.name, self._wake, clock=clock, rng=rng)
+        self.inbox = Inbox(store, keyspace, session.name, self._inbox_changed, clock=clock, rng=rng)
         self.view = FleetView(store, keyspace, self._fleet_changed, clock=clock, rng=rng)
         self._election = Election(store, keyspace, session, clock=clock)
         self._courier = Courier(store, keyspace, session)
@@ -104,6 +107,7 @@ class Steward:
         self._lookups: set[int] = set()
         self._asked = asyncio.Event()
         self._is_loaded = False
+        host.on_settled = self._settled
         session.on_change = self._session_changed
         session.confirm = self._confirm
 
@@ -129,6 +133,9 @@ class Steward:
         """The worker stops: its record says `draining`; wants are met, what nobody wants is offered and resigned."""
         self._draining_since_ns = self._clock.now_ns()
         self._beacon.is_offering = False
+        queued, self._claims = self._claims, set()
+        for shard in queued:
+            self._host.feed(shard, ownership.ClaimLost())
         self._wake()
 
     def _session_changed(self, _state: object) -> None:
@@ -146,6 +153,17 @@ class Steward:
 
     def _wake(self) -> None:
         self._woken.set()
+
+    def _inbox_changed(self) -> None:
+        eviction = self.inbox.eviction
+        if eviction is not None and eviction.record.sid == self.session.sid:
+            self.session.lose(f"evicted by {eviction.record.by}: {eviction.record.reason}")
+        self._wake()
+
+    def _settled(self, shard: int) -> None:
+        """It is served, or nothing of it runs here any more: what had to wait for that may be done now."""
+        if self._draining_since_ns or shard in self.inbox.wants or shard in self.inbox.offers:
+            self._wake()
 
     def _fleet_changed(self, change: FleetChange) -> None:
         fleet, me = change.fleet, self.session.name
@@ -174,6 +192,8 @@ class Steward:
             self._claim_at(shard, now_ns + int(delay_s * NS_PER_S))
 
     def _claim_at(self, shard: int, due_ns: int) -> None:
+        if shard >= self._shards:
+            return  # of another shape of the cluster, or by a wrong hand
         if shard not in self._due or due_ns < self._due[shard]:
             self._due[shard] = due_ns
         self._wake()
@@ -203,14 +223,12 @@ class Steward:
 
     async def _look(self) -> float:
         """Act on what the inbox and the fleet say; seconds until something falls due by itself."""
-        eviction = self.inbox.eviction
-        if eviction is not None and eviction.record.sid == self.session.sid:
-            self.session.lose(f"evicted by {eviction.record.by}: {eviction.record.reason}")
-            return 0.0
         await self._take_offers()
         self._meet_wants()
         if self._draining_since_ns:
+            await self._say_draining()
             return self._let_go()
+        self._claim_what_is_due()  # before the wants: those shards have a leader
         await self._pursue()
         return self._claim_what_is_due()
 
@@ -229,9 +247,14 @@ class Steward:
                     must_wait = not self._host.fenced and not offer.clean
                     self._former_ttl_s[shard] = self.session.ttl_s
                     self._host.feed(shard, ownership.Won(epoch, self.session.is_active, must_wait))
+                elif not ownership.epoch_led(state) and not isinstance(state, ownership.Idle | ownership.Claiming):
+                    continue  # an earlier leadership is still ending here; then it is taken
                 done[shard] = kv.mod_revision
-            elif ownership.epoch_led(state):
-                done[shard] = kv.mod_revision
+            elif led := ownership.epoch_led(state):
+                if kv.mod_revision > revision_of(led):
+                    self.doubt(shard, led)  # when this was written nobody led the shard, and we believe that we did
+                else:
+                    done[shard] = kv.mod_revision
             elif not self._draining_since_ns and not isinstance(state, ownership.Claiming):
                 self._due.setdefault(shard, now_ns)  # looked at right after this; a back-off is minded there
             self._pursuits.pop(shard, None)
@@ -254,7 +277,8 @@ class Steward:
     def _let_go(self) -> float:
         """T8: what nobody wants after a while is given up, with an offer."""
         waited_s = (self._clock.now_ns() - self._draining_since_ns) / NS_PER_S
-        if waited_s < RESIGN_AFTER_S:
+        fleet, me = self.view.fleet, self.session.name
+        if waited_s < RESIGN_AFTER_S and any(name != me and fleet.is_up(name) for name in fleet.members):
             return RESIGN_AFTER_S - waited_s
         for shard, state in self._host.states():
             if ownership.epoch_led(state) or isinstance(state, ownership.Passing):
@@ -264,7 +288,7 @@ class Steward:
     def _claim_what_is_due(self) -> float:
         now_ns = self._clock.now_ns()
         next_ns = now_ns + int(STILL_MINE_S * NS_PER_S)
-        held = len(self._host.led())
+        held = self._host.held_count
         for shard, due_ns in tuple(self._due.items()):
             due_ns = max(due_ns, self._host.backoff_until_ns(shard))
             if due_ns > now_ns:
@@ -276,30 +300,51 @@ class Steward:
                 continue
             held += 1
             self._host.feed(shard, ownership.Due())
+        for pursuit in self._pursuits.values():
+            if pursuit.until_ns > now_ns:
+                next_ns = min(next_ns, pursuit.until_ns)
         return max(0.001, (next_ns - now_ns) / NS_PER_S)
+
+    async def _say_draining(self) -> None:
+        """Compare what our record says with what it should say; `Session.announce` may have failed, or another hand
+        may have been there."""
+        session = self.session
+        mine = self.view.fleet.members.get(session.name)
+        if mine is None or session.record is None or mine.record.state == "draining":
+            return
+        if mine.mod_revision > session.announced_revision or not session.announced_revision:
+            await session.announce(replace(session.record, state="draining"))
 
     async def _pursue(self) -> None:
         """Want what the assignments say, and what a stopping worker still leads."""
         fleet, me, now_ns = self.view.fleet, self.session.name, self._clock.now_ns()
         held = {shard for shard, state in self._host.states() if not isinstance(state, ownership.Idle)}
         takeovers = {shard: name for shard, name in self._takeovers.items() if shard not in held}
-        self._takeovers.clear()
+        self._takeovers = takeovers
         wanted = duties.wanted(self.inbox.orders, me, self.session.create_revision, held, fleet)
         shards = [
             shard
             for shard in {*wanted, *takeovers}
             if shard < self._shards
             and self._host.backoff_until_ns(shard) <= now_ns
-            and (shard not in self._pursuits or self._pursuits[shard].until_ns <= now_ns or shard in takeovers)
+            and (
+                shard not in self._pursuits
+                or self._pursuits[shard].until_ns <= now_ns
+                or (shard in takeovers and not self._pursuits[shard].is_takeover)
+            )
         ]
+        await self._give_up_pursuits({*wanted, *takeovers})
         if not shards:
             return
-        try:
-            leaders = await self._election.read_leaders(shards)
-            await self._want(leaders, takeovers, frozenset(wanted))
-        except StoreError:
-            self._takeovers.update(takeovers)
-            raise
+        leaders = await self._election.read_leaders(shards)
+        await self._want(leaders, takeovers, frozenset(wanted))
+
+    async def _give_up_pursuits(self, wanted: Collection[int]) -> None:
+        """What is wanted no more is taken back, before its leader meets it against everybody's wish."""
+        for shard in [shard for shard in self._pursuits if shard not in wanted]:
+            pursuit = self._pursuits.pop(shard)
+            if pursuit.is_standing and isinstance(self._host.state(shard), ownership.Idle):
+                await self._courier.withdraw(shard, pursuit.leader)
 
     async def _want(
         self, leaders: dict[int, LedBy | Nobody], takeovers: dict[int, str], wanted: Collection[int]
@@ -314,10 +359,15 @@ class Steward:
                     self._adopt(shard, revision)
                 case LedBy(leader, revision):
                     is_takeover = shard in takeovers and leader.worker == takeovers[shard]
-                    if is_takeover or (shard in wanted and not fleet.is_frozen):
+                    if not is_takeover:
+                        self._takeovers.pop(shard, None)
+                    if leader.worker and (is_takeover or shard in wanted):
                         ask[shard] = holder
                     else:
                         self._pursuits[shard] = _Pursuit(leader.worker, now_ns + int(FROZEN_PAUSE_S * NS_PER_S))
+        self._pursuits = {
+            shard: pursuit for shard, pursuit in self._pursuits.items() if pursuit.until_ns > now_ns or shard in ask
+        }
         if not ask:
             return
         reason = "its leader stops" if takeovers else "assigned"
@@ -329,11 +379,9 @@ class Steward:
                 patience_s = (member.record.drain_timeout_s if member else self._settings.drain_timeout_s) + 1.0
             else:
                 patience_s = CLAIM_PAUSE_S  # the leader changed under the want: look again
-                self._wake()
-            self._pursuits[shard] = _Pursuit(holder.leader.worker, now_ns + int(patience_s * NS_PER_S))
-        for shard, pursuit in tuple(self._pursuits.items()):
-            if pursuit.until_ns <= now_ns and shard not in ask:
-                del self._pursuits[shard]
+            self._pursuits[shard] = _Pursuit(
+                holder.leader.worker, now_ns + int(patience_s * NS_PER_S), shard in standing, shard in takeovers
+            )
         log.debug("wanted", extra={"worker": me, "shards": len(standing)})
 
     # --- claiming ---
@@ -354,6 +402,8 @@ class Steward:
 
     async def _claim(self, batch: list[int]) -> None:
         answers = await self._election.claim(batch, "leaderless")
+        if self.session.is_lost:
+            return  # and with it what was claimed
         offers: dict[int, int] = {}
         undecided: list[int] = []
         for shard, answer in answers.items():
@@ -391,14 +441,18 @@ class Steward:
         if undecided:
             await asyncio.sleep(CLAIM_PAUSE_S * self._rng.uniform(0.5, 1.0))
             for shard in undecided:
-                if isinstance(self._host.state(shard), ownership.Claiming):
+                if not isinstance(self._host.state(shard), ownership.Claiming):
+                    continue
+                if self._draining_since_ns:  # should it be applied yet, it ends with the lease
+                    self._host.feed(shard, ownership.ClaimLost())
+                else:
                     self.queue_claim(shard)
 
     def _adopt(self, shard: int, revision: int) -> None:
         """A key of ours that the host does not know of: a claim or handoff that was applied late."""
         state = self._host.state(shard)
         epoch = epoch_of(self._generation, revision)
-        if isinstance(state, ownership.Idle | ownership.Claiming):
+        if isinstance(state, ownership.Idle | ownership.Claiming) and epoch > state.dead_epoch:
             log.info("adopted a late claim", extra={"shard": shard, "epoch": epoch})
             self._metrics.claims.labels("adopted").inc()
             self._former_ttl_s[shard] = self.session.ttl_s
@@ -427,7 +481,11 @@ class Steward:
         self._asked.set()
 
     async def _answer_loop(self) -> None:
-        """Proofs and look-ups that requests have asked for, in batches; proofs at most once a second."""
+        """Proofs and look-ups that requests have asked for, in batches; proofs at most once a second.
+
+        Paced, because a caller that speaks of an epoch from the future is never content with an answer.
+        """
+        doubt_again_ns = 0
         while True:
             await self._asked.wait()  # no time-out: requests set it, and run() cancels
             self._asked.clear()
@@ -435,21 +493,22 @@ class Steward:
                 await self._look_up()
             except StoreError as exc:
                 log.warning("leaders not looked up", extra={"reason": str(exc)})
-            doubts, self._doubts = self._doubts, {}
-            if doubts:
+            if self._doubts and self._clock.now_ns() >= doubt_again_ns:
+                doubt_again_ns = self._clock.now_ns() + int(DOUBT_PAUSE_S * NS_PER_S)
+                doubts, self._doubts = self._doubts, {}
                 if await self._check(doubts) is False:
                     self.session.lose("the worker's record is not ours any more")
                     return
-                await asyncio.sleep(DOUBT_PAUSE_S)
+            await asyncio.sleep(ASKED_PAUSE_S)
+            if self._doubts or self._lookups:
+                self._asked.set()
 
     async def _look_up(self) -> None:
         shards = sorted(self._lookups)[:BATCH]
-        self._lookups.difference_update(shards)
-        if self._lookups:
-            self._asked.set()
         if not shards:
             return
         revision, leaders = await self._election.look_up(shards)
+        self._lookups.difference_update(shards)
         known_epoch = epoch_of(self._generation, revision)
         for shard, holder in leaders.items():
             if isinstance(holder, LedBy) and holder.leader.sid == self.session.sid:

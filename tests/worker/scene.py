@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from shardlead.config import ClusterSettings, LeaseSettings, Settings, WorkerSettings
+from shardlead.core.fleet import Fleet
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Assignment, LeaderRecord, Record
 from shardlead.errors import LeaseGone
@@ -24,9 +25,11 @@ from shardlead.worker.application import Application
 from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import Worker
+from shardlead.worker.steward import Steward
 from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
 
 BOUND_S = 25.0
+LOOK_S = 0.02
 LEASE = LeaseSettings(ttl_s=5, renew_interval_s=0.5, margin_s=0.5)
 SHORT = LeaseSettings(ttl_s=2, renew_interval_s=0.2, margin_s=0.5)
 WORKER = WorkerSettings(
@@ -73,6 +76,7 @@ class Recorder:
 
     async def open(self) -> None:
         self.scene.note("opening", self.lead)
+        self.lead.note_barrier()
         if self.script.open is not None:
             await self.script.open(self.lead)
         self.scene.note("open", self.lead)
@@ -128,6 +132,12 @@ class Player:
         host = self.worker._host  # the one thing of it that a test cannot see from outside
         assert host is not None
         return host
+
+    @property
+    def fleet(self) -> Fleet:
+        """What this worker knows of the fleet."""
+        assert isinstance(self.host.envoy, Steward)
+        return self.host.envoy.view.fleet
 
     def epoch(self, shard: int) -> int:
         return self.worker.led.get(shard, 0)
@@ -217,7 +227,9 @@ class Scene:
         try:
             async with asyncio.timeout(within_s):
                 while not is_so():
-                    await self._changed.wait()
+                    with suppress(TimeoutError):  # a worker's own state has no event, so that it is looked at, too
+                        async with asyncio.timeout(LOOK_S):
+                            await self._changed.wait()
         except TimeoutError:
             raise AssertionError(f"not within {within_s} s; {self.leaders()} {self.words[-20:]}") from None
 

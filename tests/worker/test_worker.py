@@ -1,0 +1,766 @@
+"""Real workers on a real store: claims, failover, handoffs, stops and faults, as protocol.md A.3 to A.6 has them."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shardlead.cluster.bootstrap import raise_generation
+from shardlead.config import ClusterSettings, LeaseSettings
+from shardlead.core.keyspace import decode, encode
+from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
+from shardlead.core.ownership import Due
+from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading
+from shardlead.store.base import Delete, Put
+from shardlead.worker.leadership import Leadership
+from tests.cluster.stage import SHARDS
+from tests.worker.scene import SHORT, Player, Scene, Script, play
+
+Act = Callable[[Scene], Coroutine[Any, Any, None]]
+Play = Callable[[Act], None]
+FEW = tuple(range(4))
+
+
+@pytest.fixture
+def on_scene() -> Play:
+    return lambda act: play("embedded", act)
+
+
+@pytest.fixture(params=["embedded", pytest.param("3.5", marks=pytest.mark.etcd)])
+def on_each(request: pytest.FixtureRequest) -> Play:
+    return lambda act: play(request.param, act)
+
+
+def orders(*names: str, shards: tuple[int, ...] = FEW) -> dict[int, tuple[str, ...]]:
+    return dict.fromkeys(shards, names)
+
+
+async def led_by_first(scene: Scene, *names: str, **settings: Any) -> list[Player]:
+    """These workers, up, the first leading FEW and the others its successors in this order."""
+    players = [await scene.start(name, **settings) for name in names]
+    await scene.assign(orders(*names))
+    await scene.until_serving(names[0], *FEW)
+    return players
+
+
+# --- claims and failover ---
+
+
+def test_a_worker_claims_what_it_was_assigned_before_it_started(on_each: Play) -> None:
+    """Its rank-0 records at its session's start, and nothing that it only succeeds in."""
+
+    async def act(scene: Scene) -> None:
+        await scene.assign(orders("w1", "w2"))
+        await scene.assign(orders("w2", "w1", shards=(9,)))
+        await scene.start("w1")
+        await scene.until_serving("w1", *FEW)
+        assert scene.leader(9) == ""
+
+    on_each(act)
+
+
+def test_the_first_successor_takes_over_within_milliseconds(on_each: Play) -> None:
+    """The leader's lease is revoked: its rank-0 successor opens all of its shards, without a controller."""
+
+    async def act(scene: Scene) -> None:
+        one, *_ = await led_by_first(scene, "w1", "w2", "w3")
+        await scene.settle()
+        began_s = asyncio.get_running_loop().time()
+        await one.kill()
+        await scene.until_serving("w2", *FEW)
+        assert asyncio.get_running_loop().time() - began_s < 0.5
+        assert scene.said("opening", "w3") == []
+
+    on_each(act)
+
+
+def test_two_deaths_at_once_leave_the_last_in_the_order(on_scene: Play) -> None:
+    """Leader and first successor end together: the second claims, without waiting for its rank's turn."""
+
+    async def act(scene: Scene) -> None:
+        one, two, _ = await led_by_first(scene, "w1", "w2", "w3")
+        await scene.settle()
+        await asyncio.gather(one.kill(), two.kill())
+        await scene.until_serving("w3", *FEW, within_s=1.0)
+
+    on_scene(act)
+
+
+def test_a_name_that_comes_back_claws_nothing_back(on_scene: Play) -> None:
+    """Its old orders count as absent for wants; a new one counts."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2")
+        await one.kill()
+        await scene.until_serving("w2", *FEW)
+        await scene.start("w1")
+        await scene.assign({9: ("w1", "w2")})  # what comes after its start it does take: it has looked by then
+        await scene.until_serving("w1", 9)
+        assert set(scene.leaders().items()) == {(shard, "w2") for shard in FEW} | {(9, "w1")}
+        await scene.assign({3: ("w1", "w2")})
+        await scene.until_serving("w1", 3)
+
+    on_scene(act)
+
+
+# --- planned handoff ---
+
+
+def test_a_planned_move_lets_the_running_request_end_first(on_each: Play) -> None:
+    """Assignment, want, drain, close, one transaction for leader and epoch, open."""
+
+    async def act(scene: Scene) -> None:
+        one, two = await led_by_first(scene, "w1", "w2")
+        async with one.request(0) as subject:
+            await scene.assign({0: ("w2", "w1")})
+            await asyncio.wait_for(subject.lead.draining.wait(), 5)
+            assert subject.lead.is_valid()
+            assert scene.leader(0) == "w1"
+            assert scene.said("close") == []
+        await scene.until_serving("w2", 0)
+        what = [(word.what, word.worker) for word in scene.words if word.shard == 0]
+        assert what == [("opening", "w1"), ("open", "w1"), ("close", "w1"), ("opening", "w2"), ("open", "w2")]
+        assert scene.under(scene.keys.inbox("w1") + b"wants/") == []
+        assert two.epoch(0) == scene.epoch(0)
+
+    on_each(act)
+
+
+def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> None:
+    """By wants of the first in each order; nothing is ever without a leader."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2")
+        assert await one.stop()
+        await scene.until_serving("w2", *FEW)
+        assert {kv.version for kv in scene.changes if kv.key == scene.keys.leader(0)} == {1, 2}
+        assert len(scene.said("close", "w1")) == len(FEW)
+        assert scene.kv(scene.keys.worker("w1")) is None
+
+    on_each(act)
+
+
+def test_a_graceful_stop_without_assignments_offers_its_shards_around(on_scene: Play) -> None:
+    """No controller ever wrote anything: rendezvous finds the heirs."""
+
+    async def act(scene: Scene) -> None:
+        one, *_ = await led_by_first(scene, "w1", "w2", "w3")
+        await scene.assign(orders(), revoke_from=("w1", "w2", "w3"))
+        assert await one.stop()
+        await scene.until(lambda: all(scene.is_serving(scene.leader(shard), shard) for shard in FEW))
+
+    on_scene(act)
+
+
+def test_the_last_worker_gives_everything_up_and_leaves(on_scene: Play) -> None:
+    """There is nobody to offer to."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        assert await one.stop()
+        await scene.settle()
+        assert scene.leaders() == {}
+        assert len(scene.said("close", "w1")) == len(FEW)
+
+    on_scene(act)
+
+
+async def endless(player: Player, shard: int) -> "asyncio.Task[None]":
+    """A request that has begun and never ends by itself."""
+    begun = asyncio.Event()
+
+    async def request() -> None:
+        async with player.request(shard):
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(request())
+    await asyncio.wait_for(begun.wait(), 5)
+    return task
+
+
+async def dummy(scene: Scene, name: str) -> Any:
+    """A worker that is only a record: it is up, and does nothing at all."""
+    actor = await scene.stage.actor(name)
+    kv = await scene.stage.get(scene.keys.worker(name))
+    assert kv is not None
+    return actor.session
+
+
+async def want_of(scene: Scene, session: Any, leader: str, shard: int) -> None:
+    want = Want(session.name, session.sid, session.lease, scene.epoch(shard), "test")
+    await scene.put(scene.keys.want(leader, shard), want, session.lease)
+
+
+@pytest.mark.parametrize("step", ["want put", "leader draining", "handed over"])
+def test_a_handoff_whose_target_dies_is_served_at_once_by_its_old_leader(on_scene: Play, step: str) -> None:
+    """Under a new epoch and with a fresh object, whatever step it had come to."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        await scene.assign(orders("w1", "w2"))
+        target = await dummy(scene, "w2")
+        epoch = scene.epoch(0)
+        await scene.settle()
+        match step:
+            case "want put":
+                async with one.request(0):
+                    await want_of(scene, target, "w1", 0)
+                    await target.close()
+            case "leader draining":
+                async with one.request(0) as subject:
+                    await want_of(scene, target, "w1", 0)
+                    await asyncio.wait_for(subject.lead.draining.wait(), 5)
+                    await target.close()
+            case _:
+                await want_of(scene, target, "w1", 0)
+                await scene.until(lambda: scene.leader(0) == "w2")
+                await target.close()
+        await scene.until(lambda: step == "want put" or scene.epoch(0) > epoch, within_s=1.0)
+        await scene.until_serving("w1", 0, within_s=1.0)
+
+    on_scene(act)
+
+
+def test_a_target_that_dies_while_it_opens_is_followed_by_the_old_leader(on_scene: Play) -> None:
+    """The successors in the order claim as after any death."""
+
+    async def act(scene: Scene) -> None:
+        await led_by_first(scene, "w1")
+        opening = asyncio.Event()
+
+        async def hang(_lead: Leadership) -> None:
+            opening.set()
+            await asyncio.Event().wait()
+
+        two = await scene.start("w2", Script(open=hang))
+        await scene.assign({0: ("w2", "w1")})
+        await asyncio.wait_for(opening.wait(), 5)
+        await two.kill()
+        await scene.until_serving("w1", 0, within_s=1.0)
+
+    on_scene(act)
+
+
+def test_a_drain_that_does_not_end_cancels_the_request_in_time(on_scene: Play) -> None:
+    """After `drain_timeout_s` the request is cancelled and its leadership is over; then the shard moves."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", drain_timeout_s=0.2)
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+
+        request = await endless(one, 0)
+        await scene.assign({0: ("w2", "w1")})
+        await asyncio.wait({request}, timeout=5)
+        assert isinstance(request.exception(), LeadershipLost)
+        await scene.until_serving("w2", 0)
+
+    on_scene(act)
+
+
+# --- the application's faults ---
+
+
+@pytest.mark.parametrize("fault", ["raises", "is cancelled from within", "hangs"])
+def test_a_shard_that_does_not_open_goes_to_the_next_worker(on_scene: Play, fault: str) -> None:
+    """It is closed, given up as a failure and offered; the failing worker does not claim it back at once."""
+
+    async def act(scene: Scene) -> None:
+        async def fail(_lead: Leadership) -> None:
+            match fault:
+                case "raises":
+                    raise RuntimeError("boom")
+                case "hangs":
+                    await asyncio.Event().wait()
+                case _:
+                    raise asyncio.CancelledError
+
+        await scene.start("w1", Script(open=fail), open_timeout_s=0.2, backoff_s=30.0)
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w2", 0, within_s=3.0)
+        assert len(scene.said("close", "w1", 0)) == 1
+        await scene.settle()
+        kv = scene.kv(scene.keys.history(0))
+        assert kv is not None
+        assert decode(History, kv.key, kv.value).short_tenures == 1
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("fault", ["raises", "is cancelled from within"])
+def test_a_shard_whose_run_fails_is_given_up(on_scene: Play, fault: str) -> None:
+    """run() is part of leading: without it the shard is not led here."""
+
+    async def act(scene: Scene) -> None:
+        async def fail(_lead: Leadership) -> None:
+            raise RuntimeError("boom") if fault == "raises" else asyncio.CancelledError
+
+        await scene.start("w1", Script(run=fail), backoff_s=30.0)
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w2", 0, within_s=3.0)
+        assert len(scene.said("close", "w1", 0)) == 1
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("fault", ["raises", "is cancelled from within", "hangs"])
+def test_a_close_that_fails_holds_up_nobody(on_scene: Play, fault: str) -> None:
+    """The shard moves on after `close_timeout_s` at the latest; close() is not called twice."""
+
+    async def act(scene: Scene) -> None:
+        async def fail(_lead: Leadership) -> None:
+            match fault:
+                case "raises":
+                    raise RuntimeError("boom")
+                case "hangs":
+                    await asyncio.Event().wait()
+                case _:
+                    raise asyncio.CancelledError
+
+        one = await scene.start("w1", Script(close=fail))
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+        assert await one.stop()
+        await scene.until_serving("w2", 0)
+        assert len(scene.said("close", "w1", 0)) == 1
+
+    on_scene(act)
+
+
+def test_an_object_that_is_not_healthy_gives_its_shard_up(on_scene: Play) -> None:
+    """Three times no, a second apart; the next worker's object is served instead."""
+
+    async def act(scene: Scene) -> None:
+        await scene.start("w1", Script(healthy=lambda lead: lead.shard != 0), backoff_s=30.0)
+        await scene.start("w2")
+        await scene.assign(orders("w1", "w2", shards=(0, 1)))
+        await scene.until_serving("w1", 0, 1)
+        await scene.until_serving("w2", 0, within_s=5.0)
+        assert scene.leader(1) == "w1"
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("place", ["open", "run"])
+def test_an_object_that_always_finds_itself_fenced_is_given_up_in_the_end(on_scene: Play, place: str) -> None:
+    """A new epoch helps against a newer leader that was; against anything else a few tries are enough."""
+
+    async def act(scene: Scene) -> None:
+        async def fenced(lead: Leadership) -> None:
+            raise Fenced(lead.shard, lead.epoch, lead.epoch + 1_000_000)
+
+        script = Script(open=fenced) if place == "open" else Script(run=fenced)
+        await scene.start("w1", script, backoff_s=30.0)
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w2", 0, within_s=3.0)
+        assert 2 <= len(scene.said("opening", "w1", 0)) <= 5
+
+    on_scene(act)
+
+
+# --- the session's faults ---
+
+
+async def until_rejoined(scene: Scene, player: Player, lease: int) -> None:
+    """Until that worker's record stands on another lease."""
+    key = scene.keys.worker(player.name)
+    await scene.until(lambda: (kv := scene.kv(key)) is not None and kv.lease != lease)
+    await scene.until(lambda: player.worker.is_ready)
+
+
+def test_an_evicted_session_is_given_up_and_another_one_opened(on_scene: Play) -> None:
+    """The order names the session: its work ends, its lease is given back, the successor leads; a second session
+    begins with nothing."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2")
+        assert one.worker.session is not None
+        lease = one.lease
+        order = Eviction(sid=one.worker.session.sid, by="test", reason="wedged")
+        await scene.put(scene.keys.eviction("w1"), order)
+        await until_rejoined(scene, one, lease)
+        await scene.until(lambda: all(scene.is_serving(scene.leader(shard), shard) for shard in FEW))
+        assert scene.kv(scene.keys.eviction("w1")) is None
+        assert len(scene.said("close", "w1")) == len(FEW)
+
+    on_scene(act)
+
+
+def test_a_revoked_lease_under_a_living_worker_stops_its_work_in_milliseconds(on_each: Play) -> None:
+    """The watch tells that its record is gone: what runs is cancelled, and a new session begins."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2")
+        lease = one.lease
+        request = await endless(one, 0)
+        await scene.stage.store.revoke(lease)
+        await asyncio.wait({request}, timeout=1.0)
+        assert isinstance(request.exception(), LeadershipLost)
+        await scene.until(lambda: all(scene.is_serving(scene.leader(shard), shard) for shard in FEW), within_s=2.0)
+        await until_rejoined(scene, one, lease)
+
+    on_each(act)
+
+
+def test_a_session_that_is_lost_with_a_claim_under_way_claims_again(on_scene: Play) -> None:
+    """A claim that was queued or sent by the lost session does not keep the shard from the next one."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", Script(open=None), backoff_s=0.2)
+        lease = one.lease
+        assert one.worker.session is not None
+        one.clock.jump(60.0)  # suspended: what falls due now is claimed later
+        one.worker.session.doubt("the test")
+        assert one.host.envoy is not None
+        one.host.feed(0, Due())
+        one.worker.session.lose("the test")
+        await until_rejoined(scene, one, lease)
+        await scene.assign({0: ("w1",)})
+        await scene.until_serving("w1", 0, within_s=3.0)
+        assert await one.stop()
+
+    on_scene(act)
+
+
+def test_a_leader_key_that_an_administrator_deleted_is_missed_within_a_ttl(on_scene: Play) -> None:
+    """The audit notices, T3 proves it; the shard is served again under a higher epoch, and never by two at once."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1", lease=SHORT)
+        epoch = scene.epoch(0)
+        await scene.delete(scene.keys.leader(0))
+        await scene.until(lambda: one.epoch(0) != epoch, within_s=SHORT.ttl_s + 1.0)
+        await scene.until(lambda: scene.epoch(0) > epoch and scene.is_serving("w1", 0), within_s=8.0)
+
+    on_scene(act)
+
+
+def test_an_offer_of_a_shard_that_one_believes_to_lead_proves_the_contrary(on_scene: Play) -> None:
+    """It was written when nobody led: the leadership is checked, found gone, and claimed anew from that offer."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        epoch = scene.epoch(0)
+        assert one.worker.session is not None
+        offer = Offer(sid=one.worker.session.sid, by="test", reason="orphan")
+        await scene.write(Delete(scene.keys.leader(0)), Put(scene.keys.offer("w1", 0), encode(offer), one.lease))
+        await scene.until(lambda: scene.epoch(0) > epoch and scene.is_serving("w1", 0), within_s=2.5)
+
+    on_scene(act)
+
+
+def test_a_claim_that_was_applied_late_is_adopted(on_scene: Play) -> None:
+    """A key on our lease that nobody here knows of is found by the audit and served."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", lease=SHORT)
+        assert one.worker.session is not None
+        await scene.put(scene.keys.leader(7), LeaderRecord(worker="w1", sid=one.worker.session.sid), one.lease)
+        await scene.until_serving("w1", 7, within_s=SHORT.ttl_s + 1.0)
+
+    on_scene(act)
+
+
+def test_an_idle_shard_goes_on_under_its_epoch_after_a_suspension(on_each: Play) -> None:
+    """Nothing ran and nothing was cancelled: the same object, the same epoch."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        epochs = {shard: scene.epoch(shard) for shard in FEW}
+        one.clock.jump(60.0)
+        assert not one.worker.is_ready
+        await scene.until(lambda: one.worker.is_ready, within_s=4.0)
+        async with one.request(0):
+            pass
+        await scene.settle()
+        assert epochs == {shard: scene.epoch(shard) for shard in FEW}
+        assert len(scene.said("opening")) == len(FEW)
+
+    on_each(act)
+
+
+@pytest.mark.parametrize("work", ["request", "run", "ended late"])
+def test_a_busy_shard_gets_a_new_epoch_after_a_suspension(on_scene: Play, work: str) -> None:
+    """What ran when the deadline passed may have a write on its way: cancelled, closed, re-minted, opened afresh."""
+
+    async def act(scene: Scene) -> None:
+        async def forever(_lead: Leadership) -> None:
+            await asyncio.Event().wait()
+
+        one = await scene.start("w1", Script(run=forever if work == "run" else None))
+        await scene.assign({0: ("w1",)})
+        await scene.until_serving("w1", 0)
+        epoch = scene.epoch(0)
+        request = None
+        match work:
+            case "request":
+                request = await endless(one, 0)
+                one.clock.jump(60.0)
+            case "run":
+                await scene.until(lambda: scene.said("run"))
+                one.clock.jump(60.0)
+            case _:
+                async with one.request(0):  # frozen in the middle, and ended before anybody looked at the clock
+                    one.clock.jump(60.0)
+        await scene.until(lambda: scene.epoch(0) > epoch and scene.is_serving("w1", 0), within_s=5.0)
+        if request is not None:
+            assert isinstance(request.exception(), LeadershipLost)
+        assert len(scene.said("close", "w1", 0)) == 1
+
+    on_scene(act)
+
+
+def test_a_doubt_ends_with_the_next_renewal_at_once(on_scene: Play) -> None:
+    """A clock alarm costs a renewal and a confirmation, not a renewal interval."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", lease=LeaseSettings(ttl_s=20, renew_interval_s=8.0))
+        assert one.worker.session is not None
+        one.worker.session.doubt("the test")
+        assert not one.worker.is_ready
+        await scene.until(lambda: one.worker.is_ready, within_s=1.5)
+
+    on_scene(act)
+
+
+# --- classes that storage does not fence ---
+
+
+def test_an_unfenced_successor_waits_after_an_unclean_end_and_not_after_a_clean_one(on_scene: Play) -> None:
+    """TTL and margin; the claim itself is made at once."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", Script(fenced=False), lease=SHORT)
+        await scene.start("w2", Script(fenced=False), lease=SHORT)
+        three = await scene.start("w3", Script(fenced=False), lease=SHORT)
+        await scene.assign({0: ("w1", "w2"), 1: ("w3", "w2")})
+        await scene.until(lambda: scene.is_serving("w1", 0) and scene.is_serving("w3", 1))
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        assert await three.stop()
+        await scene.until_serving("w2", 1)
+        assert loop.time() - began_s < 1.5
+        began_s = loop.time()
+        await one.kill()
+        await scene.until(lambda: scene.leader(0) == "w2", within_s=0.5)
+        assert not scene.is_serving("w2", 0)
+        await scene.until_serving("w2", 0)
+        assert loop.time() - began_s >= SHORT.ttl_s + SHORT.margin_s
+
+    on_scene(act)
+
+
+def test_a_wait_that_is_broken_off_leaves_the_wait_to_the_next_leader(on_scene: Play) -> None:
+    """Who waits and is stopped before it has served has not made the former end a clean one."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1", Script(fenced=False))
+        two = await scene.start("w2", Script(fenced=False))
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+        await one.kill()
+        await scene.until(lambda: scene.leader(0) == "w2", within_s=0.5)
+        assert await two.stop()
+        await scene.settle()
+        kv = scene.kv(scene.keys.history(0))
+        assert kv is not None
+        history = decode(History, kv.key, kv.value)
+        assert history.ended
+        assert not history.clean
+
+    on_scene(act)
+
+
+# --- wishes, garbage, shapes ---
+
+
+def test_freeze_holds_back_new_wants_and_no_failover(on_scene: Play) -> None:
+    """A shard that is led stays; one whose leader dies is claimed."""
+
+    async def act(scene: Scene) -> None:
+        one, two = await led_by_first(scene, "w1", "w2")
+        await scene.put(scene.keys.freeze, Wish(by="test"))
+        await scene.until(lambda: two.fleet.is_frozen)
+        await scene.assign({0: ("w2", "w1")})
+        await scene.assign({9: ("w2", "w1")})  # seen after that, and without a leader
+        await scene.until_serving("w2", 9)
+        assert scene.leader(0) == "w1"
+        assert scene.under(scene.keys.inbox("w1") + b"wants/") == []
+        await one.kill()
+        await scene.until_serving("w2", *FEW)
+
+    on_scene(act)
+
+
+def test_a_want_that_the_assignment_names_no_more_is_withdrawn(on_scene: Play) -> None:
+    """Else the leader would meet it later, against everybody's wish."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        await scene.start("w2")
+        wants = scene.keys.inbox("w1") + b"wants/"
+        request = await endless(one, 0)
+        one.script.open = None
+        await scene.assign({9: ("w1", "w2")})
+        await scene.until_serving("w1", 9)
+        frozen = await dummy(scene, "w3")  # leads a shard and answers nothing
+        await scene.put(scene.keys.leader(10), LeaderRecord(worker="w3", sid=frozen.sid), frozen.lease)
+        wants = scene.keys.inbox("w3") + b"wants/"
+        await scene.assign({10: ("w2", "w3")})
+        await scene.until(lambda: scene.under(wants))
+        await scene.assign({10: ("w3", "w2")})
+        await scene.until(lambda: not scene.under(wants), within_s=2.0)
+        request.cancel()
+
+    on_scene(act)
+
+
+def test_garbage_in_the_inbox_and_among_the_leaders_stops_nobody(on_each: Play) -> None:
+    """Unreadable records, shards that do not exist, leaders that nobody can be: passed over."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1")
+        assert one.worker.session is not None
+        inbox = scene.keys.inbox("w1")
+        await scene.write(
+            Put(inbox + b"assignments/000001", b"\xff garbage"),
+            Put(inbox + b"assignments/one", b"{}"),
+            Put(inbox + b"offers/000002", b'{"v": 1}'),
+            Put(inbox + b"wants/000003", b"[]"),
+            Put(inbox + b"eviction", b"null"),
+            Put(scene.keys.leader(4), b"garbage"),
+            Put(scene.keys.leaders + b"foreign", b"garbage"),
+            Put(scene.keys.history(5), b"garbage"),
+            Put(scene.keys.workers + b"w\xc3\xa9", b"garbage"),
+            Put(scene.keys.cordon("w1"), b"garbage"),
+        )
+        await scene.assign({4: ("w1",), 5: ("w1",), 6: ("w1",), SHARDS + 3: ("w1",)})
+        await scene.until_serving("w1", 6)
+        await scene.settle()
+        assert scene.leader(SHARDS + 3) == ""
+        assert [key for key in scene.under(scene.keys.inboxes) if key.startswith(scene.keys.inboxes + b"/")] == []
+        await scene.write(Delete(inbox + b"eviction"))
+        await scene.until_serving("w1", 5)
+
+    on_each(act)
+
+
+def test_a_raised_generation_lifts_every_epoch(on_scene: Play) -> None:
+    """With no worker alive; afterwards each epoch is above all that were."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        before = one.epoch(0)
+        await one.stop()
+        await raise_generation(scene.stage.store, scene.keys)
+        two = await scene.start("w1")
+        await scene.until(lambda: two.epoch(0))
+        assert two.epoch(0) > epoch_of(1, 0) > before
+        async with two.request(0) as subject:
+            assert subject.lead.epoch == two.epoch(0)
+
+    on_scene(act)
+
+
+def test_another_clusters_meta_is_refused_with_the_field(on_scene: Play) -> None:
+    """A shape that somebody named explicitly and that differs; and a cluster of another name."""
+
+    async def act(scene: Scene) -> None:
+        with pytest.raises(MetaMismatch, match="shards"):
+            await scene.start("w1", explicit=("shards",), cluster=ClusterSettings(name="test", shards=SHARDS * 2))
+        kv = scene.kv(scene.keys.meta)
+        assert kv is not None
+        foreign = replace(decode(Meta, kv.key, kv.value), cluster="other")
+        await scene.put(scene.keys.meta, foreign)
+        with pytest.raises(MetaMismatch, match="cluster"):
+            await scene.start("w1")
+
+    on_scene(act)
+
+
+def test_a_meta_that_changes_under_a_worker_is_met_without_a_storm(on_scene: Play) -> None:
+    """The session is given up and a new one opened under the new meta."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        lease = one.lease
+        kv = scene.kv(scene.keys.meta)
+        assert kv is not None
+        await scene.write(Put(kv.key, kv.value))
+        await until_rejoined(scene, one, lease)
+        await scene.until_serving("w1", *FEW)
+
+    on_scene(act)
+
+
+def test_a_record_that_another_hand_set_back_to_up_says_draining_again(on_scene: Play) -> None:
+    """While a worker leaves, its record is compared with what it should say: nobody is to send it shards."""
+
+    async def act(scene: Scene) -> None:
+        (one,) = await led_by_first(scene, "w1")
+        request = await endless(one, 0)
+        key = scene.keys.worker("w1")
+        kv = scene.kv(key)
+        assert kv is not None
+        record = decode(WorkerRecord, key, kv.value)
+        leaving = asyncio.create_task(one.stop())
+        await scene.until(lambda: b'"draining"' in getattr(scene.kv(key), "value", b""))
+        await scene.put(key, record, one.lease)
+        await scene.until(lambda: b'"draining"' in getattr(scene.kv(key), "value", b""), within_s=2.0)
+        request.cancel()
+        assert await leaving
+
+    on_scene(act)
+
+
+def test_a_stop_is_heard_while_a_taken_name_is_waited_for(on_scene: Play) -> None:
+    """A worker without a session has nothing to hand over."""
+
+    async def act(scene: Scene) -> None:
+        await dummy(scene, "w1")
+        player = scene.player("w1")
+        async with player.store, player.worker:
+            task = asyncio.create_task(player.worker.run())
+            await asyncio.wait({task}, timeout=0.2)
+            player.worker.stop()
+            assert await asyncio.wait_for(task, 1.0)
+
+    on_scene(act)
+
+
+def test_a_clock_that_is_ahead_elsewhere_delays_no_failover(on_scene: Play) -> None:
+    """Wall clocks are for people: a history from the future brakes nothing."""
+
+    async def act(scene: Scene) -> None:
+        await scene.start("w2")
+        history = History(worker="w1", sid="s", since=4e9, reason="test")
+        await scene.put(scene.keys.history(0), history)
+        await scene.assign({0: ("w2",)})
+        await scene.until_serving("w2", 0, within_s=1.5)
+
+    on_scene(act)
+
+
+def test_admit_refuses_what_is_led_elsewhere(on_scene: Play) -> None:
+    """With the leader, if known: whom it was handed to."""
+
+    async def act(scene: Scene) -> None:
+        one, two = await led_by_first(scene, "w1", "w2")
+        epoch = one.epoch(0)
+        await scene.assign({0: ("w2", "w1")})
+        await scene.until_serving("w2", 0)
+        with pytest.raises(NotLeading, match="w2"):
+            async with one.worker.admit(scene.key(0), epoch):
+                pytest.fail("not led here any more")
+        async with two.worker.admit(scene.key(0).encode(), scene.epoch(0)):
+            pass
+
+    on_scene(act)
