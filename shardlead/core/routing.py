@@ -241,6 +241,7 @@ class Rule:
 REFUSED_PAUSE_S: Final = 1.0
 SUSPENDED_PAUSE_S: Final = 0.25
 RECONNECT_PAUSE_S: Final = 0.1
+BROKEN_PAUSE_S: Final = 0.03  # between the second connection that breaks and the third: a process needs so long to die
 REPEATS_MAX: Final = 3  # of a request that may have been processed: one that kills its worker must not walk the fleet
 
 LAW: Final[Mapping[Happened, Rule]] = {
@@ -308,7 +309,7 @@ def next_step(happened: Happened, facts: Facts) -> Step:
     leader = facts.leader
     pause_s = rule.pause_s
     if happened is Happened.BROKEN and facts.repeats:  # not one pooled connection: the worker itself is dying
-        pause_s = RECONNECT_PAUSE_S
+        pause_s = BROKEN_PAUSE_S
     if leader is not None and leader.address and leader.epoch >= facts.floor:
         if leader.epoch > facts.tried or not pause_s:
             return Send(leader)

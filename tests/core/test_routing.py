@@ -221,7 +221,7 @@ STORIES: list[tuple[str, Happened, Facts, object]] = [
     ("suspended for too long", Happened.SUSPENDED, Facts(OLD, tried=5, time_left_s=0), LAW[Happened.SUSPENDED].late),
     ("refused connection", Happened.NOT_OPENED, Facts(OLD, tried=5), AskAgain(5, 0.1)),
     ("GET broken", Happened.BROKEN, Facts(OLD, tried=5, is_harmless_twice=True), Send(OLD)),
-    ("GET broken again", Happened.BROKEN, Facts(OLD, tried=5, is_harmless_twice=True, repeats=1), AskAgain(5, 0.1)),
+    ("GET broken again", Happened.BROKEN, Facts(OLD, tried=5, is_harmless_twice=True, repeats=1), AskAgain(5, 0.03)),
     ("POST broken", Happened.BROKEN, Facts(NEW, tried=5), LAW[Happened.BROKEN].instead),
     ("POST, session ended", Happened.FORCED, Facts(NEW, tried=5), LAW[Happened.FORCED].instead),
     ("GET, session ended", Happened.FORCED, Facts(None, tried=5, is_harmless_twice=True), Hold(5)),
