@@ -201,7 +201,7 @@ class Dispatch:
             tried=tried,
             time_left_s=(exchange.hold_until_ns - now) / NS_PER_S,
             is_harmless_twice=self._is_harmless_twice(exchange),
-            is_body_kept=exchange.is_body_kept,
+            is_body_kept=exchange.body.is_kept,
             repeats=exchange.repeats,
         )
         self._carry_out(exchange, what, next_step(what, facts))
@@ -429,7 +429,7 @@ class Dispatch:
         facts = Facts(
             leader=exchange.leader,
             is_harmless_twice=self._is_harmless_twice(exchange),
-            is_body_kept=exchange.is_body_kept,
+            is_body_kept=exchange.body.is_kept,
             repeats=exchange.repeats,
         )
         step = next_step(what, facts)

@@ -144,10 +144,10 @@ class Downstream(asyncio.Protocol):
                             self._refuse(intake.error)
                         break
                     exchange = self._current = intake.came.popleft()
-                    exchange.settle()
+                    exchange.body.settle()
                     exchange.prompt()
                 elif exchange.state == COLLECTING:
-                    exchange.settle()
+                    exchange.body.settle()
                 if exchange.state != COLLECTING or not exchange.can_start:
                     break
                 exchange.start()
@@ -167,7 +167,7 @@ class Downstream(asyncio.Protocol):
         self._current = None
         self._mark_s = self._intake.head_since_s = self._front.now_s
         if is_last or self._transport is None:
-            self._linger(is_read_out=exchange.is_body_whole)
+            self._linger(is_read_out=exchange.body.is_whole)
             return
         if self._intake.rest is not None:
             self._intake.stay_http()
@@ -270,7 +270,7 @@ class Downstream(asyncio.Protocol):
         elif exchange.state == WAITING:
             if not exchange.is_held and still_s > settings.hold_timeout_s:
                 exchange.crowded_out()
-        elif exchange.state == COLLECTING or (exchange.state == SENT and not exchange.is_body_whole):
+        elif exchange.state == COLLECTING or (exchange.state == SENT and not exchange.body.is_whole):
             if exchange.state == SENT and exchange.is_waiting_for_100:
                 if still_s > settings.answer_timeout_s:
                     exchange.silent()

@@ -13,10 +13,11 @@ import asyncio
 from typing import Final, Protocol
 
 from shardlead.core import contract
-from shardlead.core.contract import RESEND_BODY_BYTES_MAX, Problem
+from shardlead.core.contract import Problem
 from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key
 from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
+from shardlead.router.body import NO_BODY, Body
 from shardlead.router.heads import AnswerHead, RequestHead
 from shardlead.router.pool import Pool
 from shardlead.router.problems import problem_bytes
@@ -99,12 +100,9 @@ class Exchange:
         "_framing",
         "_is_chunking",
         "_is_last",
-        "_kept",
-        "_kept_bytes",
         "_pending",
         "_prefix",
-        "_sent_bytes",
-        "_total_bytes",
+        "body",
         "client",
         "connection",
         "desk",
@@ -113,9 +111,7 @@ class Exchange:
         "held_ns",
         "hold_until_ns",
         "is_blocked",
-        "is_body_whole",
         "is_held",
-        "is_large",
         "is_waiting_for_100",
         "key",
         "leader",
@@ -147,15 +143,10 @@ class Exchange:
         self.is_held = False
         self.held_ns = 0  # when the present hold began
         self.hold_until_ns = 0  # 0: was never held
-        self.is_large = head.length > RESEND_BODY_BYTES_MAX
-        self.is_body_whole = not head.has_body
+        self.body = Body(head.length) if head.has_body else NO_BODY
         self.is_blocked = False  # the client must not send more of the body for now
         self.is_waiting_for_100 = False
         self.told_continue = not head.expects_continue
-        self._kept: list[bytes] = []
-        self._kept_bytes = 0
-        self._sent_bytes = 0
-        self._total_bytes = 0
         self._prefix = b""
         self._pending = b""  # the answer's head, until there is something to send along with it
         self._framing = 0
@@ -173,21 +164,11 @@ class Exchange:
     @property
     def can_start(self) -> bool:
         """Whether it can be sent: its body is here, or will be streamed."""
-        return self.is_body_whole or self.is_large or (self.error is not None and not self.told_continue)
-
-    @property
-    def is_body_kept(self) -> bool:
-        """Whether all that was sent of the body can be sent again."""
-        return not self.is_large or self._sent_bytes == 0
-
-    def settle(self) -> None:
-        """What has arrived has been read. A body of unknown length that is not whole by now is streamed."""
-        if self.head.is_chunked and not self.is_body_whole:
-            self.is_large = True
+        return self.body.is_whole or self.body.is_large or (self.error is not None and not self.told_continue)
 
     def prompt(self) -> None:
         """Its turn has come. A client that waits to be told to send a short body is told so."""
-        if not (self.told_continue or self.is_body_whole or self.is_large or self.head.is_chunked or self.error):
+        if not (self.told_continue or self.body.is_whole or self.body.is_large or self.body.length < 0 or self.error):
             self.told_continue = True
             self.client.write(CONTINUE)
 
@@ -201,36 +182,36 @@ class Exchange:
 
     def body_came(self, data: bytes, body_bytes_max: int) -> bool:
         """A piece of the client's body; False: the body is longer than this and was not taken."""
-        self._total_bytes += len(data)
-        if self._total_bytes > body_bytes_max:
+        body = self.body
+        body.total_bytes += len(data)
+        if body.total_bytes > body_bytes_max:
             return False
         if self.state == DONE or self.error is not None or (self.state == ANSWERING and self.is_waiting_for_100):
             return True
-        if self.is_large and self.state >= SENT and not self.is_waiting_for_100:
+        if self._is_streaming:
             self._stream(data)
-            return True
-        if not self.desk.keep(len(data)):
+        elif not self.desk.keep(len(data)):
             self.refuse_body(RequestError(Problem.OVERLOADED, "too many bodies are being kept", status=503))
-            return True
-        self._kept.append(data)
-        self._kept_bytes += len(data)
-        if self._kept_bytes > RESEND_BODY_BYTES_MAX:
-            self.is_large = True
+        elif body.keep(data):
             self.is_blocked = True
             self.client.set_reading()
         return True
 
     def body_ended(self) -> None:
         """The client's body is whole."""
-        self.is_body_whole = True
-        if self.is_large and self.state >= SENT and not self.is_waiting_for_100:
+        self.body.is_whole = True
+        if self._is_streaming:
             self._finish_body()
+
+    @property
+    def _is_streaming(self) -> bool:
+        return self.body.is_large and self.state >= SENT and not self.is_waiting_for_100
 
     def refuse_body(self, error: RequestError) -> None:
         """The body cannot be taken (any further)."""
         if self.state == COLLECTING:
             self.error = error
-            self.is_large = True
+            self.body.is_large = True  # no use in waiting for the rest
             return
         if self.state == ANSWERING:
             self.cut()
@@ -287,7 +268,7 @@ class Exchange:
 
     def fail(self, answer: Answer) -> None:
         """Answer the client with a problem."""
-        is_last = self.client.is_last(self) or not self.is_body_whole
+        is_last = self.client.is_last(self) or not self.body.is_whole
         self.client.write(
             problem_bytes(
                 answer.problem,
@@ -325,17 +306,17 @@ class Exchange:
         head = self.head
         prefix = self._prefix or self._make_prefix()
         connection.expects_bodiless = head.method == b"HEAD"
-        if self.is_large:
+        body = self.body
+        if body.is_large:
             self.is_waiting_for_100 = True
             connection.is_sent = False
-            framing = b"Content-Length: %d\r\n" % head.length if head.length >= 0 else b"Transfer-Encoding: chunked\r\n"
             connection.write(
-                b"%b%bExpect: 100-continue\r\n%b: %d\r\n\r\n" % (prefix, framing, _EPOCH_NAME, leader.epoch)
+                b"%b%bExpect: 100-continue\r\n%b: %d\r\n\r\n" % (prefix, body.framing, _EPOCH_NAME, leader.epoch)
             )
-        elif self._kept:
-            body = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
+        elif body.kept_bytes:
+            data = body.all_kept()
             connection.write(
-                b"%bContent-Length: %d\r\n%b: %d\r\n\r\n%b" % (prefix, len(body), _EPOCH_NAME, leader.epoch, body)
+                b"%bContent-Length: %d\r\n%b: %d\r\n\r\n%b" % (prefix, len(data), _EPOCH_NAME, leader.epoch, data)
             )
         elif head.has_body or head.length == 0:
             connection.write(b"%bContent-Length: 0\r\n%b: %d\r\n\r\n" % (prefix, _EPOCH_NAME, leader.epoch))
@@ -368,7 +349,7 @@ class Exchange:
         self.desk.accepted(self)
         self.state = ANSWERING
         request = self.head
-        is_last = self.client.is_last(self) or not self.is_body_whole
+        is_last = self.client.is_last(self) or not self.body.is_whole
         status = head.status
         if status == 204:
             framing = b""
@@ -416,7 +397,7 @@ class Exchange:
             self._pending = b""
             self.client.write(rest)
         self._end("answered")
-        self.client.exchange_ended(self, is_last=self._is_last or not self.is_body_whole)
+        self.client.exchange_ended(self, is_last=self._is_last or not self.body.is_whole)
 
     def switched(self, head: AnswerHead, phrase: bytes, rest: bytes) -> None:
         if not self.head.upgrade:  # nobody asked for it
@@ -525,36 +506,35 @@ class Exchange:
             self.told_continue = True
             self.client.write(CONTINUE)
         self.is_blocked = False
-        kept, self._kept = self._kept, []
-        self._free()
-        for piece in kept:
+        for piece in self._free():
             self._stream(piece)
-        if self.is_body_whole:
+        if self.body.is_whole:
             self._finish_body()
         self.client.set_reading()
 
     def _stream(self, data: bytes) -> None:
-        self._sent_bytes += len(data)
         self.client.touch()
+        framed = self.body.framed(data)
         if self.connection is not None:
-            self.connection.write(data if self.head.length >= 0 else b"%x\r\n%b\r\n" % (len(data), data))
+            self.connection.write(framed)
 
     def _finish_body(self) -> None:
         if self.connection is not None:
-            if self.head.length < 0:
-                self.connection.write(b"0\r\n\r\n")
+            if self.body.ending:
+                self.connection.write(self.body.ending)
             self.connection.is_sent = True
 
-    def _free(self) -> None:
-        if self._kept_bytes:
-            self.desk.keep(-self._kept_bytes)
-            self._kept_bytes = 0
+    def _free(self) -> list[bytes]:
+        """What was kept of the body, which is not kept any more."""
+        if not self.body.kept_bytes:
+            return []
+        self.desk.keep(-self.body.kept_bytes)
+        return self.body.let_go()
 
     def _end(self, outcome: str) -> None:
         if self.state != DONE:
             self.state = DONE
             self._free()
-            self._kept = []
             self.is_blocked = False
             self.desk.ended(self, outcome)
 

@@ -1,0 +1,84 @@
+"""A request's body on its way through: kept while it may have to be sent again, else streamed.
+
+What it never does: touch a connection; it says what to write.
+
+Law: up to 64 KiB all of it is kept until the answer has come. A longer one, or one whose end is not in sight, is
+*large*: what has come of it is kept only until a worker has admitted the request, then it streams and is gone.
+"""
+
+from typing import Final
+
+from shardlead.core.contract import RESEND_BODY_BYTES_MAX
+
+
+class Body:
+    """`length` is the Content-Length; -1: it comes in chunks."""
+
+    __slots__ = ("_kept", "is_large", "is_whole", "kept_bytes", "length", "sent_bytes", "total_bytes")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.is_large = length > RESEND_BODY_BYTES_MAX
+        self.is_whole = False
+        self.kept_bytes = 0
+        self.sent_bytes = 0  # by streaming
+        self.total_bytes = 0  # that have come
+        self._kept: list[bytes] = []
+
+    def __repr__(self) -> str:
+        size = "large" if self.is_large else "short"
+        return f"<Body {size}, {self.total_bytes} of {self.length}, {self.kept_bytes} kept, {self.sent_bytes} streamed>"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether all that was sent of it can be sent again."""
+        return not self.sent_bytes or not self.is_large
+
+    def settle(self) -> None:
+        """What has arrived has been read: one without a length that is not whole by now is streamed."""
+        if self.length < 0 and not self.is_whole:
+            self.is_large = True
+
+    def keep(self, data: bytes) -> bool:
+        """Keep a piece. True: as much is kept as may be, so no more should come for now."""
+        self._kept.append(data)
+        self.kept_bytes += len(data)
+        if self.kept_bytes > RESEND_BODY_BYTES_MAX:
+            self.is_large = True
+            return True
+        return False
+
+    def all_kept(self) -> bytes:
+        """The whole of a short body."""
+        return self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
+
+    def let_go(self) -> list[bytes]:
+        """Keep nothing any more; what was kept."""
+        kept, self._kept = self._kept, []
+        self.kept_bytes = 0
+        return kept
+
+    @property
+    def framing(self) -> bytes:
+        """The header field that announces a large one."""
+        return b"Content-Length: %d\r\n" % self.length if self.length >= 0 else b"Transfer-Encoding: chunked\r\n"
+
+    def framed(self, data: bytes) -> bytes:
+        """A piece as it is streamed."""
+        self.sent_bytes += len(data)
+        return data if self.length >= 0 else b"%x\r\n%b\r\n" % (len(data), data)
+
+    @property
+    def ending(self) -> bytes:
+        """What is written behind the last piece."""
+        return b"" if self.length >= 0 else b"0\r\n\r\n"
+
+
+def _nothing() -> Body:
+    body = Body(0)
+    body.is_whole = True
+    return body
+
+
+NO_BODY: Final = _nothing()
+"""That of all requests that have none; nothing is ever kept in it."""
