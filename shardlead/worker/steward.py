@@ -333,7 +333,8 @@ class Steward:
                 or (shard in takeovers and not self._pursuits[shard].is_takeover)
             )
         ]
-        await self._give_up_pursuits({*wanted, *takeovers})
+        if not fleet.is_frozen:  # which stops new wants, not those that stand
+            await self._give_up_pursuits({*wanted, *takeovers})
         if not shards:
             return
         leaders = await self._election.read_leaders(shards)

@@ -259,11 +259,13 @@ class Scene:
     async def delete(self, key: bytes) -> None:
         await self.write(Delete(key))
 
-    async def assign(self, orders: dict[int, tuple[str, ...]], revoke_from: Sequence[str] = ()) -> None:
+    async def assign(
+        self, orders: dict[int, tuple[str, ...]], revoke_from: Sequence[str] = (), reason: str = "test"
+    ) -> None:
         """A controller's wish: one copy in each concerned inbox, all in one transaction."""
         ops: list[Op] = []
         for shard, order in orders.items():
-            record = encode(Assignment(order=order, reason="test"))
+            record = encode(Assignment(order=order, reason=reason))
             ops += [Put(self.keys.assignment(name, shard), record) for name in order]
             ops += [Delete(self.keys.assignment(name, shard)) for name in revoke_from if name not in order]
         await self.write(*ops)

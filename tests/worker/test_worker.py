@@ -583,16 +583,21 @@ def test_a_wait_that_is_broken_off_leaves_the_wait_to_the_next_leader(on_scene: 
 
 
 def test_freeze_holds_back_new_wants_and_no_failover(on_scene: Play) -> None:
-    """A shard that is led stays; one whose leader dies is claimed."""
+    """A shard that is to move for evenness stays; one that is wanted already moves; one whose leader dies is claimed."""
 
     async def act(scene: Scene) -> None:
         one, two = await led_by_first(scene, "w1", "w2")
-        await scene.put(scene.keys.freeze, Wish(by="test"))
-        await scene.until(lambda: two.fleet.is_frozen)
-        await scene.assign({0: ("w2", "w1")})
-        await scene.assign({9: ("w2", "w1")})  # seen after that, and without a leader
-        await scene.until_serving("w2", 9)
+        async with one.request(1) as subject:
+            await scene.assign({1: ("w2", "w1")}, reason="evenness: test")
+            await asyncio.wait_for(subject.lead.draining.wait(), 5)
+            await scene.put(scene.keys.freeze, Wish(by="test"))
+            await scene.until(lambda: two.fleet.is_frozen)
+            await scene.assign({0: ("w2", "w1")}, reason="evenness: test")
+            await scene.assign({9: ("w2", "w1")})  # seen after that, and without a leader
+            await scene.until_serving("w2", 9)
+        await scene.until_serving("w2", 1)
         assert scene.leader(0) == "w1"
+        assert len(scene.said("opening", "", 1)) == 2
         assert scene.under(scene.keys.inbox("w1") + b"wants/") == []
         await one.kill()
         await scene.until_serving("w2", *FEW)
