@@ -30,6 +30,7 @@ import orjson
 from aiohttp import web
 
 from shardlead.core.contract import IDEMPOTENCY_KEY
+from shardlead.errors import ResourceUnavailable
 from shardlead.fencing import SqliteFence, Transaction
 from shardlead.worker.leadership import Leadership
 
@@ -121,7 +122,10 @@ class CounterShard:
                 return _refusal(405, "a counter knows GET and POST", Allow="GET, HEAD, POST")
 
     async def _post(self, name: str, key: str) -> web.Response:
-        added = await self._fence.write(self._lead, lambda tx: self._add(tx, name, key))
+        try:
+            added = await self._fence.write(self._lead, lambda tx: self._add(tx, name, key))
+        except ResourceUnavailable:  # another process, frozen perhaps, holds the file's one write lock
+            return _refusal(503, "the counters' file is busy; nothing was added", **{"Retry-After": "1"})
         # The largest: a replay may be old, or the first news of a call that was cancelled after its commit.
         self._values[name] = max(added.value, self._values.get(name, 0))
         if added.is_replay:
