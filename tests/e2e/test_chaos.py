@@ -127,5 +127,6 @@ def test_chaos(store: str, seed: int) -> None:
         for entry in ledger.failures():
             is_unknown = entry.status == 502 and entry.error == "outcome-unknown"
             is_plain_post = entry.is_post and not entry.idempotency_key
-            is_refused = entry.status == 503 and entry.error in ("not-led", "suspended")
+            # the demo's own answer while a frozen process holds SQLite's write lock has no problem type
+            is_refused = entry.status == 503 and entry.error in ("not-led", "suspended", "")
             assert is_refused or (is_unknown and is_plain_post), f"{entry}\n{ledger.summary()}"

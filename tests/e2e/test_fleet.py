@@ -242,9 +242,11 @@ def test_a_frozen_worker_counts_nothing_under_its_old_epochs(fleet: Scene) -> No
     ]
     assert late == []
     for entry in ledger.failures():
+        assert stopped_s - 0.1 < entry.done_s, ledger.summary()
+        if entry.status == 503 and "file is busy" in entry.detail:
+            continue  # it was frozen in the middle of a commit: SQLite has one writer, and no epoch can wake it
         assert (entry.method, entry.status, entry.error) == ("POST", 502, "outcome-unknown"), ledger.summary()
         assert entry.idempotency_key == "", ledger.summary()
-        assert stopped_s - 0.1 < entry.done_s, ledger.summary()
     check_counts(fleet, ledger, prefix)
 
 

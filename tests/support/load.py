@@ -351,7 +351,7 @@ async def _answer(reader: asyncio.StreamReader, entry: Entry) -> bool:
             entry.status, entry.error = 0, f"the answer is about {content.get('name')!r}"
     else:
         entry.error = entry.error or str(content.get("type", "")).rpartition("/")[2]
-        entry.detail = str(content.get("detail", ""))
+        entry.detail = str(content.get("detail", content.get("error", "")))
     return headers.get("connection", "").lower() != "close"
 
 
