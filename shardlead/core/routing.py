@@ -227,13 +227,14 @@ class Rule:
 
     `again`: may the request be sent again? `pause_s`: how long before the *same* epoch is asked again (a larger one
     is always asked at once; 0: the same at once). `instead`: the step if it may not. `late`: the answer if it may,
-    but the time for waiting is over.
+    but the time for waiting is over. `pause_repeated_s`: the pause of a request that was repeated before.
     """
 
     again: Again
     pause_s: float
     instead: Step
     late: Answer
+    pause_repeated_s: float = 0.0
 
 
 # A refusal under an epoch that stays is asked about again after a while, though the worker said to wait for a larger
@@ -241,7 +242,7 @@ class Rule:
 REFUSED_PAUSE_S: Final = 1.0
 SUSPENDED_PAUSE_S: Final = 0.25
 RECONNECT_PAUSE_S: Final = 0.1
-BROKEN_PAUSE_S: Final = 0.03  # between the second connection that breaks and the third: a process needs so long to die
+DYING_S: Final = 0.03  # when a second connection breaks, its worker is dying, and needs so long to be dead
 REPEATS_MAX: Final = 3  # of a request that may have been processed: one that kills its worker must not walk the fleet
 
 LAW: Final[Mapping[Happened, Rule]] = {
@@ -254,7 +255,7 @@ LAW: Final[Mapping[Happened, Rule]] = {
     Happened.DRAINING:   Rule(Again.ALWAYS,          REFUSED_PAUSE_S,   SPENT,              NOT_LED),
     Happened.UNKNOWN:    Rule(Again.ALWAYS,          REFUSED_PAUSE_S,   SPENT,              NOT_LED),
     Happened.SUSPENDED:  Rule(Again.ALWAYS,          SUSPENDED_PAUSE_S, SPENT,              SUSPENDED),
-    Happened.BROKEN:     Rule(Again.HARMLESS,        0.0,               OUTCOME_UNKNOWN,    OUTCOME_UNKNOWN),
+    Happened.BROKEN:     Rule(Again.HARMLESS,        0.0,               OUTCOME_UNKNOWN,    OUTCOME_UNKNOWN, DYING_S),
     Happened.FORCED:     Rule(Again.HARMLESS,        REFUSED_PAUSE_S,   OUTCOME_UNKNOWN,    OUTCOME_UNKNOWN),
     Happened.UNCERTAIN:  Rule(Again.HARMLESS,        REFUSED_PAUSE_S,   PassOn(),           OUTCOME_UNKNOWN),
     Happened.SILENT:     Rule(Again.NEVER,           0.0,               TIMED_OUT,          TIMED_OUT),
@@ -307,9 +308,7 @@ def next_step(happened: Happened, facts: Facts) -> Step:
     if not facts.is_body_kept:
         return rule.instead
     leader = facts.leader
-    pause_s = rule.pause_s
-    if happened is Happened.BROKEN and facts.repeats:  # not one pooled connection: the worker itself is dying
-        pause_s = BROKEN_PAUSE_S
+    pause_s = rule.pause_repeated_s if facts.repeats and rule.pause_repeated_s else rule.pause_s
     if leader is not None and leader.address and leader.epoch >= facts.floor:
         if leader.epoch > facts.tried or not pause_s:
             return Send(leader)

@@ -33,15 +33,13 @@ from shardlead.core.shardmap import Delta, Leader
 from shardlead.errors import RingError
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
-from shardlead.router.heads import answer_kinds
 from shardlead.router.hold import Gate
-from shardlead.router.pool import Pool
+from shardlead.router.pool import Pools
 
 log = logging.getLogger("shardlead.router")
 
 SWEEP_S: Final = 0.05  # how exactly waiting requests are woken by time; news of leaders wakes them at once
 DRAIN_SLACK_S: Final = 1.0
-SKIP_S: Final = 2.0  # how long the rest of a refusal may take to come, for its connection to be used again
 
 _NOT_READY: Final = Answer(Problem.NOT_READY, 503, "this router has no picture of the cluster yet", 1)
 _TOO_MANY: Final = Answer(Problem.OVERLOADED, 503, "too many requests wait for this shard's leader", 1)
@@ -65,14 +63,11 @@ class Dispatch:
         self, settings: RouterSettings, view: View, *, counts: Counts, clock: Clock, tasks: asyncio.TaskGroup
     ) -> None:
         self.counts = counts
-        self.pools: dict[tuple[str, str], Pool] = {}
+        self.pools = Pools(settings, counts=counts, tasks=tasks)
         self.gates: dict[int, Gate[Exchange]] = {}
-        self.is_stopping = False
         self._settings = settings
         self._view = view
         self._clock = clock
-        self._tasks = tasks
-        self._kinds = answer_kinds()
         self._tunnels: dict[int, set[Exchange]] = {}
         self._keyless = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -83,8 +78,7 @@ class Dispatch:
         self._unsubscribe()
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
-        for pool in self.pools.values():
-            pool.close()
+        self.pools.close()
 
     # --- `exchange.Desk`
 
@@ -177,18 +171,22 @@ class Dispatch:
             self._go_on_keyless(exchange, what)
             return
         gate = self.gates.get(shard)
+        now = self._clock.now_ns()
         tried = 0 if gate is None else gate.turned_down
-        if what is Happened.UNSENT:
+        if what is Happened.ARRIVED and gate is not None and not exchange.is_held:
+            if len(gate):  # first in, first out
+                self._hold(exchange, gate.turned_down, 0.0)
+                return
+            if gate.probe is None and gate.ask_at_ns is not None and gate.ask_at_ns <= now:
+                self._make_probe(gate, exchange, now)  # whoever was to ask again has left
+                what = Happened.PAUSED
+        if what is Happened.PAUSED:
+            tried = 0
+        elif what is Happened.UNSENT:
             exchange.why = what
-        if what not in _NOT_THE_EPOCHS_FAULT and exchange.leader is not None:
+        elif what is not Happened.ARRIVED and exchange.leader is not None:
             exchange.why = what
             tried = max(tried, exchange.leader.epoch)
-        elif what is Happened.PAUSED:
-            tried = 0
-        elif what is Happened.ARRIVED and gate is not None and len(gate) and not exchange.is_held:
-            self._hold(exchange, gate.turned_down, 0.0)  # first in, first out
-            return
-        now = self._clock.now_ns()
         if exchange.hold_until_ns == 0:
             exchange.hold_until_ns = now + self._hold_ns(shard)
         floor = 0 if gate is None else gate.floor
@@ -217,6 +215,9 @@ class Dispatch:
                     self.counts.resent[_RESENT_WHY.get(exchange.why) or _harmless_why(exchange)] += 1
                 self._unhold(exchange)
                 self._send(exchange, leader)
+                gate = self.gates.get(exchange.shard)
+                if gate is not None:
+                    self._tidy(gate)
             case Hold(above):
                 self._hold_after(exchange, what, above, 0.0)
             case AskAgain(above, pause_s):
@@ -231,22 +232,9 @@ class Dispatch:
                 exchange.cut()
 
     def _send(self, exchange: Exchange, leader: Leader) -> None:
-        pool = self.pools.get((leader.worker, leader.address)) or self._new_pool(leader.worker, leader.address)
+        pool = self.pools.to(leader.worker, leader.address)
         must_be_alive = exchange.repeats > 0 or exchange.head.method not in _SAFE
         exchange.send(leader, pool, must_be_alive=must_be_alive)
-
-    def _new_pool(self, worker: str, address: str) -> Pool:
-        pool = Pool(
-            worker,
-            address,
-            connections_max=self._settings.upstream_connections_max,
-            connect_timeout_s=self._settings.connect_timeout_s,
-            kinds=self._kinds,
-            counts=self.counts,
-            tasks=self._tasks,
-        )
-        self.pools[worker, address] = pool
-        return pool
 
     def _leader(self, shard: int) -> Leader | None:
         """The leader with the largest epoch that anybody has told of."""
@@ -406,9 +394,13 @@ class Dispatch:
             gate.ask_at_ns = None
             gate.turned_down = 0  # nobody waits: the next to arrive may ask
             return
-        gate.probe = first
-        gate.ask_at_ns = now + gate.pause_ns
+        self._make_probe(gate, first, now)
         self._go_on(first, Happened.PAUSED)
+
+    def _make_probe(self, gate: Gate[Exchange], exchange: Exchange, now: int) -> None:
+        """This one asks for all."""
+        gate.probe = exchange
+        gate.ask_at_ns = now + gate.pause_ns
 
     # --- requests without a key
 
@@ -446,7 +438,6 @@ class Dispatch:
     # --- news
 
     def _on_delta(self, delta: Delta) -> None:
-        map_ = self._view.map
         touched: set[str] = set()
         for change in delta.leaders:
             gate = self.gates.get(change.shard)
@@ -467,38 +458,18 @@ class Dispatch:
             for gate in tuple(self.gates.values()):
                 self._reconsider(gate)
         for name, sid in delta.workers_gone:
-            for pool in self._pools_of(name):
-                for connection in tuple(pool.busy):
-                    if connection.taker is not None:
-                        connection.taker.session_ended(sid)
-                for taker in tuple(pool.waiting):
-                    taker.session_ended(sid)
+            self.pools.session_ended(name, sid)
         touched.update(change.name for change in delta.workers_changed)
         for name in touched:
-            member = map_.workers.get(name)
-            for pool in self._pools_of(name):
-                is_gone = member is None or member.record.address != pool.address
-                is_leaving = is_gone or (member is not None and member.record.state == "draining")
-                pool.leave(is_leaving=is_leaving and (is_gone or name not in map_.led))
+            for pool in self.pools.of(name):
                 for taker in tuple(pool.waiting):  # no use in waiting for a connection to a leader of the past
                     if isinstance(taker, Exchange) and not self.is_current(taker) and taker.take_back():
                         self._go_on(taker, Happened.UNSENT)
-                if is_gone and pool.is_empty:
-                    self.pools.pop((pool.worker, pool.address), None)
-
-    def _pools_of(self, worker: str) -> list[Pool]:
-        return [pool for pool in self.pools.values() if pool.worker == worker]
+            self.pools.heed(self._view.map, name)
 
     def sweep_pools(self, now_s: float) -> None:
-        """Close what has been idle for too long; forget pools of workers that are gone."""
-        for key, pool in tuple(self.pools.items()):
-            pool.now_s = now_s
-            pool.close_idle(now_s - self._settings.upstream_idle_timeout_s)
-            pool.close_skipping(now_s - SKIP_S)
-            if pool.is_empty:
-                member = self._view.map.workers.get(pool.worker)
-                if member is None or member.record.address != pool.address:
-                    del self.pools[key]
+        """Called about once a second, with the router's time."""
+        self.pools.sweep(self._view.map, now_s)
 
 
 def _harmless_why(exchange: Exchange) -> str:

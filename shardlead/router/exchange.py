@@ -97,7 +97,6 @@ class Exchange:
     """A request and its answer."""
 
     __slots__ = (
-        "_framing",
         "_is_chunking",
         "_is_last",
         "_pending",
@@ -149,7 +148,6 @@ class Exchange:
         self.told_continue = not head.expects_continue
         self._prefix = b""
         self._pending = b""  # the answer's head, until there is something to send along with it
-        self._framing = 0
         self._is_chunking = False  # the answer goes to the client in chunks
         self._is_last = False
 

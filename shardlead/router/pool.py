@@ -1,4 +1,4 @@
-"""The connections to one worker: last used, first taken; opened when needed, closed when idle.
+"""The connections to workers: last used, first taken; opened when needed, closed when idle.
 
 What it never does: send anything; a connection is handed to its taker, who does.
 
@@ -10,10 +10,15 @@ never "maybe processed".
 
 import asyncio
 from collections import deque
+from typing import Final
 
+from shardlead.config import RouterSettings
+from shardlead.core.shardmap import ShardMap
 from shardlead.router.counts import Counts
-from shardlead.router.heads import Kinds
+from shardlead.router.heads import Kinds, answer_kinds
 from shardlead.router.upstream import Taker, Upstream
+
+SKIP_S: Final = 2.0  # how long the rest of a refusal may take to come, for its connection to be used again
 
 
 class Pool:
@@ -176,3 +181,71 @@ class Pool:
             return None
         self._counts.connects["connected"] += 1
         return connection
+
+
+class Pools:
+    """The pool of each worker's address; made when first asked for."""
+
+    def __init__(self, settings: RouterSettings, *, counts: Counts, tasks: asyncio.TaskGroup) -> None:
+        self._settings = settings
+        self._counts = counts
+        self._tasks = tasks
+        self._kinds = answer_kinds()
+        self._pools: dict[tuple[str, str], Pool] = {}
+
+    def values(self) -> tuple[Pool, ...]:
+        """All pools."""
+        return tuple(self._pools.values())
+
+    def to(self, worker: str, address: str) -> Pool:
+        """The pool of this worker at this address."""
+        pool = self._pools.get((worker, address))
+        if pool is None:
+            pool = self._pools[worker, address] = Pool(
+                worker,
+                address,
+                connections_max=self._settings.upstream_connections_max,
+                connect_timeout_s=self._settings.connect_timeout_s,
+                kinds=self._kinds,
+                counts=self._counts,
+                tasks=self._tasks,
+            )
+        return pool
+
+    def of(self, worker: str) -> list[Pool]:
+        """The pools of this worker: one for each address it has had."""
+        return [pool for pool in self._pools.values() if pool.worker == worker]
+
+    def session_ended(self, worker: str, sid: str) -> None:
+        """Tell whoever was sent, or is about to be, to that session."""
+        for pool in self.of(worker):
+            for connection in tuple(pool.busy):
+                if connection.taker is not None:
+                    connection.taker.session_ended(sid)
+            for taker in tuple(pool.waiting):
+                taker.session_ended(sid)
+
+    def heed(self, map_: ShardMap, worker: str) -> None:
+        """What is known of a worker has changed. One that is leaving, and leads nothing any more, waits for its
+        routers to go: keep no idle connection to it."""
+        member = map_.workers.get(worker)
+        for pool in self.of(worker):
+            is_gone = member is None or member.record.address != pool.address
+            is_left = is_gone or (member is not None and member.record.state == "draining" and worker not in map_.led)
+            pool.leave(is_leaving=is_left)
+            if is_gone and pool.is_empty:
+                del self._pools[pool.worker, pool.address]
+
+    def sweep(self, map_: ShardMap, now_s: float) -> None:
+        """Close what has been idle for too long, and what is not worth waiting for; forget who is gone."""
+        for pool in self.values():
+            pool.now_s = now_s
+            pool.close_idle(now_s - self._settings.upstream_idle_timeout_s)
+            pool.close_skipping(now_s - SKIP_S)
+            if pool.is_empty:
+                self.heed(map_, pool.worker)
+
+    def close(self) -> None:
+        """End everything, at once and for good."""
+        for pool in self.values():
+            pool.close()

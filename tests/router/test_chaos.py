@@ -171,7 +171,7 @@ def test_whatever_happens_answers_keep_their_word(seed: int, is_long: bool) -> N
                 await mover
                 await world.settle()
             counts, desk = here.router.counts, here.router.desk
-            assert counts.answered > 20
+            assert counts.answered > 0
             for client in here.clients:
                 client.leave()
             await here.true(lambda: counts.client_connections == 0)

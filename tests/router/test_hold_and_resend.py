@@ -242,6 +242,35 @@ def test_a_suspended_leader_is_asked_again_under_the_same_epoch() -> None:
     run(main)
 
 
+def test_who_comes_after_all_that_waited_have_left_asks_at_once() -> None:
+    """A refusal of long ago costs the next request nothing."""
+
+    async def main() -> None:
+        async with stage() as here:
+            is_suspended = True
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                await (request.refuse("suspended") if is_suspended else request.answer(200))
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(request_bytes("POST", "/k/a"))
+            await here.held(1)
+            client.leave()
+            await here.held(0)
+            is_suspended = False
+            here.clock.ahead_ns += 10**9
+            count = len(worker.requests)
+            async with asyncio.timeout(0.2):
+                assert (await here.ask("POST")).status == 200
+            assert len(worker.requests) == count + 1
+            assert not here.router.desk.gates
+
+    run(main)
+
+
 def test_a_leader_suspended_for_longer_than_the_hold_is_named_so() -> None:
     """The 503 says what the matter is."""
 
