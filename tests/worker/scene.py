@@ -4,15 +4,16 @@ Nothing here sleeps: `Scene.until` waits for the next change of the store or the
 """
 
 import asyncio
+import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from shardlead.config import ClusterSettings, LeaseSettings, Settings, WorkerSettings
+from shardlead.config import ClusterSettings, LeaseSettings, Settings, StoreSettings, WorkerSettings
 from shardlead.core.fleet import Fleet
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Assignment, LeaderRecord, Record
@@ -20,7 +21,9 @@ from shardlead.errors import LeaseGone
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import UNGUARDED, Committed, Delete, KeyValue, Op, Put, Txn, prefix_end
 from shardlead.store.etcd import EtcdStore
+from shardlead.store.gateway import TXN
 from shardlead.store.mirror import Mirror
+from shardlead.store.transport import Answer, Channel, HttpTransport, TransportError
 from shardlead.worker.application import Application
 from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
@@ -68,6 +71,39 @@ class Script:
     healthy: Callable[[Leadership], bool] | None = None
 
 
+class Fickle(HttpTransport):
+    """A transport that loses what a test tells it to lose: the request on its way, or the answer on its way back,
+    or holds a request back so that it arrives when nobody waits for it any more."""
+
+    def __init__(self, settings: StoreSettings, rng: random.Random) -> None:
+        super().__init__(settings)
+        self.loss = 0.0  # share of the transactions that are lost, one way or the other
+        self._rng = rng
+        self._late: set[asyncio.Task[Answer]] = set()
+
+    async def post(
+        self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Answer:
+        if path != TXN or self._rng.random() >= self.loss:
+            return await super().post(channel, endpoint, path, body, headers, timeout_s)
+        fate = self._rng.choice(("lost", "answer lost", "late"))
+        if fate == "answer lost":
+            await super().post(channel, endpoint, path, body, headers, timeout_s)
+        if fate == "late":
+            task = asyncio.create_task(self._send_late(channel, endpoint, path, body, headers, timeout_s))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+        raise TransportError(f"the test's own fault: {fate}", is_sent=True)
+
+    async def _send_late(self, *request: Any) -> Answer:
+        await asyncio.sleep(self._rng.uniform(0.0, 0.1))
+        return await super().post(*request)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._late, return_exceptions=True)
+        await super().close()
+
+
 class Recorder:
     """The application's object: writes down, and does as the script says."""
 
@@ -113,6 +149,7 @@ class Player:
     scene: "Scene"
     worker: Worker
     store: EtcdStore
+    transport: Fickle
     script: Script
     clock: SteppedClock
     exits: list[int]
@@ -182,10 +219,17 @@ class Scene:
             rng=random.Random(2),
         )
         self._keys: dict[int, str] = {}
+        self._leads: dict[int, Leadership] = {}  # the last one of each shard
+        self.faults: list[str] = []
 
     # --- what is known ---
 
     def note(self, what: str, lead: Leadership) -> None:
+        if what == "opening":
+            before = self._leads.get(lead.shard)
+            if before is not None and before.is_valid(0.0):
+                self.faults.append(f"served twice: {before!r} and {lead!r}")
+            self._leads[lead.shard] = lead
         self.words.append(Word(what, lead.worker, lead.shard, lead.epoch))
         self._wake()
 
@@ -300,7 +344,8 @@ class Scene:
             lease=lease,
             worker=replace(WORKER, name=name, **changes),
         )
-        store = EtcdStore(self.stage.settings, clock=clock, rng=random.Random(name))
+        transport = Fickle(self.stage.settings, random.Random(name))
+        store = EtcdStore(self.stage.settings, clock=clock, rng=random.Random(name), transport=transport)
         worker = Worker(
             store,
             Application(make, name="recorder"),
@@ -311,7 +356,7 @@ class Scene:
             explicit=explicit,
             exit_process=exits.append,
         )
-        return Player(self, worker, store, script, clock, exits)
+        return Player(self, worker, store, transport, script, clock, exits)
 
     async def start(self, name: str, script: Script | None = None, **settings: Any) -> Player:
         """A worker that is up."""
@@ -364,11 +409,30 @@ def play(kind: str, act: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
             await act(scene)
             check(scene)
 
-    asyncio.run(bounded())
+    defects = Defects()
+    logging.getLogger("shardlead").addHandler(defects)
+    try:
+        asyncio.run(bounded())
+    finally:
+        logging.getLogger("shardlead").removeHandler(defects)
+    assert defects.found == []
+
+
+class Defects(logging.Handler):
+    """What was logged about shardlead's own tasks that have failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "defect" in record.msg or "task of the worker" in record.msg:
+            self.found.append(self.format(record))
 
 
 def check(scene: Scene) -> None:
     """One object a leadership: opened once, closed at most once; epochs of a shard only grow; none is opened twice."""
+    assert scene.faults == []
     opened = [(word.shard, word.epoch) for word in scene.words if word.what == "opening"]
     assert len(opened) == len(set(opened)), "an epoch was opened twice"
     closed = [(word.shard, word.epoch) for word in scene.words if word.what == "close"]

@@ -1,7 +1,9 @@
 """Real workers on a real store: claims, failover, handoffs, stops and faults, as protocol.md A.3 to A.6 has them."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -583,7 +585,7 @@ def test_a_wait_that_is_broken_off_leaves_the_wait_to_the_next_leader(on_scene: 
 
 
 def test_freeze_holds_back_new_wants_and_no_failover(on_scene: Play) -> None:
-    """A shard that is to move for evenness stays; one that is wanted already moves; one whose leader dies is claimed."""
+    """A shard that is to move for evenness stays; one that is wanted moves; one whose leader dies is claimed."""
 
     async def act(scene: Scene) -> None:
         one, two = await led_by_first(scene, "w1", "w2")
@@ -769,3 +771,76 @@ def test_admit_refuses_what_is_led_elsewhere(on_scene: Play) -> None:
             pass
 
     on_scene(act)
+
+
+# --- everything at once ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_gets_lost_each_shard_is_served_by_one_in_the_end(on_scene: Play, seed: int) -> None:
+    """Moves, deaths, returns, evictions and pauses, while every tenth transaction gets lost, goes unanswered or
+    arrives late: no epoch is opened twice, none goes back, no two leaderships are valid at once; and when it is over
+    all is led as assigned."""
+
+    async def act(scene: Scene) -> None:
+        await turmoil(scene, random.Random(seed), steps=25)
+
+    on_scene(act)
+
+
+async def turmoil(scene: Scene, rng: random.Random, steps: int) -> None:
+    names = ("w1", "w2", "w3")
+    for name in names:
+        await scene.start(name)
+    await scene.assign({shard: rotated(names, shard) for shard in range(SHARDS)})
+    dead: set[str] = set()
+    for _ in range(steps):
+        for name, player in scene.players.items():
+            player.transport.loss = 0.1 if name not in dead else 0.0
+        living = [name for name in names if name not in dead]
+        name = rng.choice(living)
+        player = scene.players[name]
+        words = len(scene.words)
+        what = rng.choice(("move", "move", "move", "kill", "stop", "evict", "pause", "request"))
+        match what:
+            case "move":
+                await scene.assign({rng.randrange(SHARDS): tuple(rng.sample(names, 3)) for _ in range(4)})
+            case "kill" if len(living) > 1:
+                await player.kill()
+                dead.add(name)
+            case "stop" if len(living) > 1:
+                await player.stop()
+                await scene.settle()
+                dead.add(name)
+            case "evict" if player.worker.session is not None:
+                order = Eviction(sid=player.worker.session.sid, by="test", reason="turmoil")
+                await scene.put(scene.keys.eviction(name), order)
+            case "pause":
+                player.clock.jump(60.0)
+            case "request" if player.worker.led:
+                with suppress(NotLeading, LeadershipLost):
+                    async with player.request(rng.choice(list(player.worker.led))):
+                        await scene.put(scene.keys.prefix + b"test/request", Wish(by="test"))
+            case _:
+                continue
+        if dead and rng.random() < 0.5:
+            back = rng.choice(sorted(dead))
+            dead.discard(back)
+            await scene.start(back)
+        if rng.random() < 0.5:
+            with suppress(AssertionError):
+                await scene.until(lambda: len(scene.words) > words, within_s=0.2)  # noqa: B023  # awaited right here
+    for name in sorted(dead):
+        await scene.start(name)
+    for player in scene.players.values():
+        player.transport.loss = 0.0
+    await scene.until(lambda: all(player.worker.is_ready for player in scene.players.values()))
+    await scene.assign({shard: rotated(names, shard) for shard in range(SHARDS)})
+    await scene.until(
+        lambda: all(scene.is_serving(rotated(names, shard)[0], shard) for shard in range(SHARDS)), within_s=12.0
+    )
+
+
+def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
+    at = by % len(names)
+    return names[at:] + names[:at]
