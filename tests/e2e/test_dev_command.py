@@ -105,8 +105,8 @@ async def other_terminal(terminal: Terminal, folder: Path, *words: str) -> tuple
 
 @pytest.mark.parametrize("store", ["embedded", pytest.param("etcd", marks=pytest.mark.etcd)])
 def test_one_command_gives_a_working_cluster(tmp_path: Path, store: str) -> None:
-    """What it prints to try works; other commands find it from any directory; a crash is told as it happens; Ctrl-C
-    ends it with 0 and leaves nothing running."""
+    """What it prints to try works; other commands find it from any directory; a second one on its port starts nothing
+    and says who has it; a crash is told as it happens; Ctrl-C ends it with 0 and leaves nothing running."""
 
     async def story() -> None:
         events = tmp_path / "events.jsonl"
@@ -120,6 +120,10 @@ def test_one_command_gives_a_working_cluster(tmp_path: Path, store: str) -> None
             rows = orjson.loads(out)
             assert [row["name"] for row in rows] == ["w1", "w2", "w3"]
             assert sum(row["shards"] for row in rows) == 64
+
+            code, out, err = await other_terminal(terminal, tmp_path, "dev", "--port", str(terminal.port))
+            assert (code, out) == (1, "")
+            assert re.search(rf"port {terminal.port} is taken.*shardlead dev.*--port", err)
 
             victim = rows[0]
             assert f"kill -9 {victim['pid']}" in terminal.text
@@ -149,48 +153,24 @@ class ANY(dict[str, Any]):
 
 
 def test_counts_outlive_the_command_in_a_data_folder(tmp_path: Path) -> None:
-    """A second start with --data continues the counts, under larger epochs."""
-    data = ("--data", str(tmp_path / "data"), "--workers", "1", "--for", "600", "--shards", "8")
+    """A second start with --data continues the counts, under larger epochs; --for SECONDS ends it like Ctrl-C."""
+    data = ("--data", str(tmp_path / "data"), "--workers", "1", "--shards", "8")
 
-    async def one_life() -> dict[str, Any]:
-        async with dev(tmp_path, *data) as terminal:
+    async def one_life(seconds: float) -> dict[str, Any]:
+        async with dev(tmp_path, *data, "--for", str(seconds)) as terminal:
             status, body = await post(f"{terminal.url}/counters/bob")
             assert status == 200, body
-            terminal.process.send_signal(signal.SIGTERM)
+            if seconds > STOP_S:
+                terminal.process.send_signal(signal.SIGTERM)
             assert await terminal.ended() == 0, terminal.text
+            assert terminal.lines[-1].startswith("stopped")
             return body
 
     async def story() -> None:
-        first, second = await one_life(), await one_life()
+        first, second = await one_life(600), await one_life(1)
         assert (first["value"], second["value"]) == (1, 2)
         assert second["epoch"] > first["epoch"]
         assert second["shard"] == first["shard"]
-
-    asyncio.run(story())
-
-
-def test_it_stops_by_itself(tmp_path: Path) -> None:
-    """--for SECONDS ends it like Ctrl-C."""
-
-    async def story() -> None:
-        async with dev(tmp_path, "--for", "1", "--workers", "1") as terminal:
-            assert await terminal.ended() == 0, terminal.text
-            assert terminal.lines[-1].startswith("stopped")
-
-    asyncio.run(story())
-
-
-def test_a_taken_port_starts_nothing(tmp_path: Path) -> None:
-    """The error names the port, the flag and who has it, and comes before anything is started."""
-
-    async def story() -> None:
-        async with dev(tmp_path, "--workers", "1") as terminal:
-            code, out, err = await other_terminal(terminal, tmp_path, "dev", "--port", str(terminal.port))
-            assert code == 1
-            assert out == ""
-            assert re.search(rf"port {terminal.port} is taken.*shardlead dev.*--port", err)
-            terminal.process.send_signal(signal.SIGTERM)
-            assert await terminal.ended() == 0
 
     asyncio.run(story())
 
