@@ -125,14 +125,16 @@ class Beacon:
     async def _offer(self, shards: Iterable[int], tick_revision: int) -> None:
         """Offer each to one worker; while it stays alone, the next tick's turn goes to the next in order."""
         fleet = self._view.fleet
-        offered = 0
+        shares: dict[str, list[int]] = {}
         for shard in shards:
             ranked = fleet.ranked(shard)
             if not ranked:
                 return
-            name = ranked[fleet.tick % len(ranked)]
-            if await self._courier.offer(shard, name, fleet.members[name], tick_revision, "orphan"):
-                offered += 1
+            shares.setdefault(ranked[fleet.tick % len(ranked)], []).append(shard)
+            await asyncio.sleep(0)  # ranking costs by the number of workers, and there may be thousands of shards
+        offered = 0
+        for name, share in shares.items():
+            offered += await self._courier.offer(share, name, fleet.members[name], tick_revision, "orphan")
         if offered:
             log.info("offered shards that nobody leads", extra={"shards": offered})
 

@@ -135,17 +135,24 @@ class Courier:
             )
             await self._store.commit(Txn(self._session.guards(), deletes))
 
-    async def offer(self, shard: int, name: str, member: Member, tick_revision: int, reason: str) -> bool:
-        """Offer a leaderless shard, on the addressee's lease, if it still has no leader and our tick is the last."""
-        record = Offer(sid=member.record.sid, by=self._session.name, reason=reason)
-        txn = Txn(
-            (modified_at(self._keys.tick, tick_revision), absent(self._keys.leader(shard))),
-            (Put(self._keys.offer(name, shard), encode(record), member.lease),),
-        )
-        try:
-            return isinstance(await self._store.commit(txn), Committed)
-        except LeaseGone:
-            return False
+    async def offer(self, shards: Sequence[int], name: str, member: Member, tick_revision: int, reason: str) -> int:
+        """Offer leaderless shards, on the addressee's lease, while our tick is the last; those that have a leader by
+        then are passed over. How many offers stand; fewer than `shards` also where the tick or the lease is gone."""
+        keys, record = self._keys, encode(Offer(sid=member.record.sid, by=self._session.name, reason=reason))
+        standing = 0
+        for part in _parts(shards):
+            nested = tuple(
+                Txn((absent(keys.leader(shard)),), (Put(keys.offer(name, shard), record, member.lease),))
+                for shard in part
+            )
+            try:
+                outcome = await self._store.commit(Txn((modified_at(keys.tick, tick_revision),), nested))
+            except LeaseGone:
+                return standing
+            if not isinstance(outcome, Committed):
+                return standing
+            standing += sum(isinstance(result, TxnResult) and result.succeeded for result in outcome.results)
+        return standing
 
     async def tick(self, seen_revision: int, n: int) -> Ticked | TickLost | Undecided:
         """Write the tick after the one we have seen; exactly one worker wins."""
