@@ -24,7 +24,7 @@ from shardlead.core.ownership import HandOver, Remint, Resign
 from shardlead.errors import Fenced, LeadershipError, LeadershipLost
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.leadership import Guard, Leadership
-from shardlead.worker.tenure import Hosted, Tenure
+from shardlead.worker.tenure import CANCELLED, Hosted, Tenure
 
 log = logging.getLogger("shardlead.host")
 
@@ -232,7 +232,8 @@ class Host:
             self._tasks.add(self._health)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.cancel_grace_s)
 
     # --- for the request path ---
 
@@ -477,25 +478,18 @@ class Host:
 
     async def _open_object(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
         event: ownership.Event
-        bound = asyncio.timeout(None)
+        settings = self._settings
         try:
-            async with self._opens, bound:
-                bound.reschedule(asyncio.get_running_loop().time() + self._settings.open_timeout_s)
+            async with self._opens:
                 tenure.application = self._make(tenure.lead)
-                await tenure.application.open()
+                if not await self._call(shard, entry, tenure.application.open(), settings.open_timeout_s):
+                    raise TimeoutError(f"it took longer than {settings.open_timeout_s} s")
             event = ownership.Opened()
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            log.exception("open() was cancelled from within", extra={"shard": shard, "epoch": tenure.lead.epoch})
-            event = ownership.Failed("open() was cancelled from within")
         except (Fenced, LeadershipLost) as exc:
             event = self._refused(entry, f"open() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
             log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")
-            if bound.expired():
-                event = ownership.Failed(f"open() took longer than {self._settings.open_timeout_s} s")
         if isinstance(event, ownership.Failed):
             self._metrics.application_failures.labels("open").inc()
         if entry.tenure is tenure and isinstance(entry.state, ownership.Opening):
@@ -570,10 +564,40 @@ class Host:
         refuses it); else the process ends, because nothing else would stop it (protocol.md A.4)."""
         if await tenure.wait_ended(self._settings.cancel_grace_s):
             return True
+        self._leave_behind(shard)
+        return False
+
+    def _leave_behind(self, shard: int) -> None:
         if not self.fenced:
             log.critical("work of an unfenced class outlived its leadership: exiting", extra={"shard": shard})
             self._exit_process(EXIT_STUCK)
         log.error("work goes on after it was cancelled; storage will refuse it", extra={"shard": shard})
+
+    async def _call(self, shard: int, entry: _Entry, work: Coroutine[object, object, None], timeout_s: float) -> bool:
+        """Await the application's open() or close(), at most so long; whether it has ended in time. Raises what it
+        raises, and RuntimeError for a cancellation of its own making.
+
+        It has a task of its own, so that not even one that will not be cancelled can hold the shard.
+        """
+        task = asyncio.create_task(work, name=f"application {shard}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            _, late = await asyncio.wait({task}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            task.cancel(CANCELLED)
+            await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
+            raise
+        if not late:
+            if task.cancelled():
+                raise RuntimeError("it was cancelled from within")
+            task.result()
+            return True
+        task.cancel()
+        _, late = await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
+        if late:
+            entry.is_clean = False
+            self._leave_behind(shard)
         return False
 
     async def _close(self, shard: int, entry: _Entry, tenure: Tenure) -> None:
@@ -587,26 +611,17 @@ class Host:
             self.feed(shard, ownership.Closed())
 
     async def _close_object(self, shard: int, entry: _Entry, tenure: Tenure, application: Hosted) -> None:
-        """In a task of its own, so that not even a close() that will not be cancelled can hold the shard."""
         facts = {"shard": shard, "epoch": tenure.lead.epoch}
-        closing = asyncio.create_task(application.close(), name=f"close() {shard}")
-        self._tasks.add(closing)
-        closing.add_done_callback(self._tasks.discard)
-        _, late = await asyncio.wait({closing}, timeout=self._settings.close_timeout_s)
-        if late:
-            closing.cancel()
-            await asyncio.wait({closing}, timeout=self._settings.cancel_grace_s)
+        try:
+            if await self._call(shard, entry, application.close(), self._settings.close_timeout_s):
+                return
             entry.is_clean = False
             log.warning("close() took too long", extra=facts)
-        elif closing.cancelled():
-            log.error("close() was cancelled from within", extra=facts)
-        elif (error := closing.exception()) is None:
+        except LeadershipError as exc:
+            log.info("close() found its leadership over", extra={**facts, "reason": str(exc)})
             return
-        elif isinstance(error, LeadershipError):
-            log.info("close() found its leadership over", extra={**facts, "reason": str(error)})
-            return
-        else:
-            log.error("close() failed", exc_info=error, extra=facts)
+        except Exception:  # the application's own code may raise anything
+            log.exception("close() failed", extra=facts)
         self._metrics.application_failures.labels("close").inc()
 
     async def _send(self, shard: int, entry: _Entry, epoch: int, goal: HandOver | Resign | Remint) -> None:

@@ -368,6 +368,58 @@ def test_an_object_that_always_finds_itself_fenced_is_given_up_in_the_end(on_sce
     on_scene(act)
 
 
+@pytest.mark.parametrize("fenced", [True, False])
+def test_work_that_will_not_end_costs_an_unfenced_class_its_process(on_scene: Play, fenced: bool) -> None:
+    """Storage refuses what is left behind of a fenced class; nothing else would stop an unfenced one's."""
+
+    async def act(scene: Scene) -> None:
+        may_end = asyncio.Event()
+
+        async def stubborn(_lead: Leadership) -> None:
+            while not may_end.is_set():
+                with suppress(asyncio.CancelledError):
+                    await may_end.wait()
+
+        one = await scene.start("w1", Script(run=stubborn, fenced=fenced))
+        await scene.start("w2", Script(fenced=fenced))
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+        await scene.assign({0: ("w2", "w1")})
+        if fenced:
+            await scene.until_serving("w2", 0)
+            assert one.exits == []
+        else:
+            await scene.until(lambda: one.exits == [70])
+        may_end.set()
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("place", ["open", "close"])
+def test_an_object_that_will_not_be_cancelled_holds_up_nobody(on_scene: Play, place: str) -> None:
+    """Its time is over when it is over."""
+
+    async def act(scene: Scene) -> None:
+        may_end = asyncio.Event()
+
+        async def stubborn(_lead: Leadership) -> None:
+            while not may_end.is_set():
+                with suppress(asyncio.CancelledError):
+                    await may_end.wait()
+
+        script = Script(open=stubborn) if place == "open" else Script(close=stubborn)
+        one = await scene.start("w1", script, open_timeout_s=0.2, backoff_s=30.0)
+        await scene.start("w2")
+        await scene.assign({0: ("w1", "w2")})
+        if place == "close":
+            await scene.until_serving("w1", 0)
+            assert await one.stop()
+        await scene.until_serving("w2", 0, within_s=3.0)
+        may_end.set()
+
+    on_scene(act)
+
+
 # --- the session's faults ---
 
 
