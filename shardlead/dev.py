@@ -553,7 +553,7 @@ def _port_of(address: str) -> int:
 def _command_name() -> list[str]:
     """How a shell reaches this very shardlead."""
     script = shutil.which("shardlead")
-    if script is not None and Path(script).resolve().parent == Path(sys.executable).resolve().parent:
+    if script is not None and Path(script).parent == Path(sys.executable).parent:
         return ["shardlead"]
     beside = Path(sys.executable).parent / "shardlead"
     return [str(beside)] if beside.exists() else [sys.executable, "-m", "shardlead"]

@@ -52,6 +52,8 @@ class Narrator:
         """A worker's process has ended without being asked to."""
         self.states[worker] = "died"
         self._has_left[worker] = f"{worker} died"
+        gone = _gone(worker)  # its parent revokes the lease first, and ends then
+        self._notes = [note for note in self._notes if note != gone]
         self._notes.append(f"{worker} died ({how})")
 
     def observe(self, event: Mapping[str, Any]) -> None:
@@ -116,7 +118,7 @@ class Narrator:
                 self._notes.append(f"{worker} is leaving")
                 self._has_left[worker] = f"{worker} is leaving"
             case "gone":
-                self._notes.append(f"{worker} left" if before == "draining" else f"{worker} is gone: its lease ended")
+                self._notes.append(f"{worker} left" if before == "draining" else _gone(worker))
                 self._has_left[worker] = f"{worker} left" if before == "draining" else f"{worker} is gone"
             case _:
                 self._notes.append(f"{worker} is {state}")
@@ -139,6 +141,10 @@ class Narrator:
     def _why(self, source: str | None) -> str:
         reason = self._has_left.get(source or "")
         return f" ({reason})" if reason else ""
+
+
+def _gone(worker: str) -> str:
+    return f"{worker} is gone: its lease ended"
 
 
 def _name(shards: list[int]) -> str:

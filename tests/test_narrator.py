@@ -51,6 +51,15 @@ def test_a_crash_names_the_time_without_a_leader() -> None:
     ]
 
 
+def test_a_death_is_told_once_whichever_news_comes_first() -> None:
+    """A worker's parent revokes its lease before it ends itself: the store tells of the death before the process."""
+    narrator = _three()
+    narrator.observe(_worker("w1", "gone"))
+    narrator.observe(_leader(0, "w2", 5.020, 102))
+    narrator.died("w1", "SIGKILL")
+    assert narrator.tell() == ["w1 died (SIGKILL)", "w1 -> w2: shard 0 (w1 died)"]
+
+
 def test_a_shard_that_stays_alone_is_told_then_and_when_it_is_led() -> None:
     """A telling between loss and claim breaks no thread: the source and the time are remembered."""
     narrator = _three()
