@@ -194,7 +194,7 @@ class RouterSettings:
     """Where a request's key stands, e.g. "path:/orders/{key}/*", "header:X-Shard-Key", "query:customer". Rules that
     find a key must all find the same one."""
     keyless: Literal["refuse", "any"] = "refuse"
-    """What is done with a request without a key: "refuse" (400) or "any" (any worker; it gets no shard)."""
+    """What is done with a request without a key: "refuse" (400) or "any" (any shard's leader; they take turns)."""
     hold_timeout_s: SecondsOrNone = 15.0
     """How long a request waits for its shard to be led; then 503. Must exceed lease TTL to ride out a lost machine."""
     held_per_shard_max: Count = 1_000

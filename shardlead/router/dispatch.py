@@ -43,7 +43,6 @@ DRAIN_SLACK_S: Final = 1.0
 
 _NOT_READY: Final = Answer(Problem.NOT_READY, 503, "this router has no picture of the cluster yet", 1)
 _TOO_MANY: Final = Answer(Problem.OVERLOADED, 503, "too many requests wait for this shard's leader", 1)
-_NO_WORKER: Final = Answer(Problem.NOT_LED, 503, "no worker lives", 1)
 _SAFE: Final = frozenset(method.encode() for method in SAFE_METHODS)
 _RESENT_WHY: Final = {
     Happened.UNSENT: "unsent",
@@ -83,16 +82,18 @@ class Dispatch:
     # --- `exchange.Desk`
 
     def submit(self, exchange: Exchange) -> None:
-        if exchange.key is None:
-            self._submit_keyless(exchange)
-            return
+        seen = self._view.map
         try:
-            route = self._view.map.route(exchange.key)
+            if exchange.key is None:
+                self._keyless += 1  # the shards take turns
+                shard = seen.shard_of(b"%d" % self._keyless)
+                leader = seen.leader(shard)
+            else:
+                _, shard, leader = seen.route(exchange.key)
         except RingError:
             exchange.fail(_NOT_READY)
             return
-        shard = exchange.shard = route.shard
-        leader = route.leader
+        exchange.shard = shard
         if leader is not None and leader.address and shard not in self.gates:
             self._send(exchange, leader)
         else:
@@ -103,7 +104,7 @@ class Dispatch:
 
     def turned_down(self, exchange: Exchange, what: Happened, epoch: int, leader: bytes) -> None:
         self.counts.refused[what.value] += 1
-        if exchange.shard >= 0 and exchange.leader is not None:
+        if exchange.leader is not None:
             gate = self._gate(exchange.shard)
             gate.floor = max(gate.floor, epoch, exchange.leader.epoch)
             hint = _read_hint(leader)
@@ -120,7 +121,7 @@ class Dispatch:
             self._open(gate)
 
     def is_current(self, exchange: Exchange) -> bool:
-        return exchange.shard < 0 or self._leader(exchange.shard) is exchange.leader
+        return self._leader(exchange.shard) is exchange.leader
 
     def withdraw(self, exchange: Exchange) -> None:
         gate = self.gates.get(exchange.shard)
@@ -167,9 +168,6 @@ class Dispatch:
 
     def _go_on(self, exchange: Exchange, what: Happened) -> None:
         shard = exchange.shard
-        if shard < 0:
-            self._go_on_keyless(exchange, what)
-            return
         gate = self.gates.get(shard)
         now = self._clock.now_ns()
         tried = 0 if gate is None else gate.turned_down
@@ -401,39 +399,6 @@ class Dispatch:
         """This one asks for all."""
         gate.probe = exchange
         gate.ask_at_ns = now + gate.pause_ns
-
-    # --- requests without a key
-
-    def _submit_keyless(self, exchange: Exchange) -> None:
-        members = [
-            (name, member) for name, member in sorted(self._view.map.workers.items()) if member.record.state == "up"
-        ]
-        if not members:
-            exchange.fail(_NO_WORKER if self._view.is_ready else _NOT_READY)
-            return
-        self._keyless += 1
-        name, member = members[self._keyless % len(members)]
-        self._send(exchange, Leader(name, member.record.sid, 0, member.record.address, 0))
-
-    def _go_on_keyless(self, exchange: Exchange, what: Happened) -> None:
-        """Another worker, at most three times, as the law allows."""
-        exchange.repeats += 1
-        facts = Facts(
-            leader=exchange.leader,
-            is_harmless_twice=self._is_harmless_twice(exchange),
-            is_body_kept=exchange.body.is_kept,
-            repeats=exchange.repeats,
-        )
-        step = next_step(what, facts)
-        if isinstance(step, Send | Hold | AskAgain):
-            if exchange.repeats > len(self._view.map.workers) + 1:
-                exchange.detach()
-                exchange.fail(_NO_WORKER)
-            else:
-                exchange.detach()
-                self._submit_keyless(exchange)
-        else:
-            self._carry_out(exchange, what, step)
 
     # --- news
 

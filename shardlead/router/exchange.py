@@ -465,9 +465,9 @@ class Exchange:
     def _make_prefix(self) -> bytes:
         head = self.head
         upgrade = b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade if head.upgrade else b""
-        route = b""
+        route = b"%b: %d\r\n" % (_SHARD_NAME, self.shard)
         if self.key is not None:
-            route = b"%b: %b\r\n%b: %d\r\n" % (_KEY_NAME, encode_key(self.key), _SHARD_NAME, self.shard)
+            route += b"%b: %b\r\n" % (_KEY_NAME, encode_key(self.key))
         self._prefix = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b" % (
             head.method, head.target, head.host, head.fields, upgrade, route,
         )  # fmt: skip

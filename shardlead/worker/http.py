@@ -198,7 +198,7 @@ class Front:
     def _read(self, request: web.Request) -> Call:
         """The router's words, checked against the body's limit and this cluster's ring. Raises RequestError."""
         call = read_call(request)
-        owner = self._host.shard_of(call.key)
+        owner = call.shard if call.key is None else self._host.shard_of(call.key)
         if owner != call.shard:
             self._log_mismatch(call.shard, owner)
             raise RequestError(

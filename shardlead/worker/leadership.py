@@ -8,7 +8,7 @@ Only a fence at the resource can (`shardlead.fencing`).
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from shardlead.errors import LeadershipLost
 
@@ -122,7 +122,7 @@ class Leadership:
         if not self.is_valid(0.0):
             self.has_overrun = True
 
-    def _thread_ended(self, future: "asyncio.Future[object]") -> None:
+    def _thread_ended(self, future: "asyncio.Future[Any]") -> None:
         self._threads.discard(future)
         self.note_end()
 

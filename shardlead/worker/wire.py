@@ -15,6 +15,7 @@ from multidict import istr
 
 from shardlead.core import contract
 from shardlead.core.contract import Refused
+from shardlead.core.model import SHARDS_MAX
 from shardlead.errors import RequestError
 from shardlead.worker.host import Turned
 
@@ -58,24 +59,29 @@ class Call(NamedTuple):
 
     shard: int
     epoch: int
-    key: bytes
+    key: bytes | None
     expects_continue: bool
 
 
 def read_call(request: web.BaseRequest) -> Call:
-    """The router's words. Raises RequestError where they are missing, doubled or malformed."""
+    """The router's words; the key may be missing, where a router sends requests without one to the shards in turn.
+
+    Raises RequestError where they are missing, doubled or malformed."""
     headers = request.headers
     shard = headers.getall(_SHARD, _NONE)
     epoch = headers.getall(_EPOCH, _NONE)
     key = headers.getall(_SPELLED_KEY, _NONE)
     if not shard and not epoch and not key:
         raise RequestError(contract.Problem.BAD_REQUEST, _ROUTER_HINT)
-    if len(shard) != 1 or len(epoch) != 1 or len(key) != 1:
+    if len(shard) != 1 or len(epoch) != 1 or len(key) > 1:
         raise RequestError(contract.Problem.BAD_REQUEST, "each of the Shardlead-* headers must stand there once")
+    number = _number(contract.SHARD, shard[0])
+    if number >= SHARDS_MAX:
+        raise RequestError(contract.Problem.BAD_REQUEST, f"there is no shard {number}")
     return Call(
-        _number(contract.SHARD, shard[0]),
+        number,
         _number(contract.EPOCH, epoch[0]),
-        key_of(key[0]),
+        key_of(key[0]) if key else None,
         _expects_continue(request),
     )
 

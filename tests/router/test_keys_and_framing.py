@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.router.support import Request, request_bytes, run, stage
+from tests.router.support import SHARDS, Request, request_bytes, run, stage
 
 
 @pytest.mark.parametrize(
@@ -294,5 +294,25 @@ def test_a_head_in_many_packets_is_measured_alone() -> None:
                     client.writer.write(field[at : at + 50] if status == 400 else field)
                     await asyncio.sleep(0)
                 assert (await client.answer()).status == status
+
+    run(main)
+
+
+def test_requests_without_a_key_take_turns_where_they_are_allowed() -> None:
+    """`keyless = "any"`: each goes to the leader of some shard, under its epoch and without a key, on every worker."""
+
+    async def main() -> None:
+        async with stage(keyless="any") as here:
+            workers = [await here.start("w1"), await here.start("w2")]
+            await here.lead(workers[0], *range(0, SHARDS, 2))
+            await here.lead(workers[1], *range(1, SHARDS, 2))
+            for _ in range(40):
+                assert (await here.ask("GET", "/about")).status == 200
+            for worker in workers:
+                assert worker.requests
+                for request in worker.requests:
+                    assert "shardlead-key" not in request.headers
+                    assert int(request.headers["shardlead-shard"]) % 2 == workers.index(worker)
+                    assert int(request.headers["shardlead-epoch"]) > 0
 
     run(main)

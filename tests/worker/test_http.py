@@ -690,3 +690,18 @@ def test_draining_is_seen_by_running_handlers_at_once(loop: str) -> None:
             await stage.until(SHARD, Idle)
 
     play(loop, main())
+
+
+def test_a_request_without_a_key_is_guarded_like_any_other(loop: str) -> None:
+    """A router that sends requests without a key says shard and epoch alone; a shard that cannot be is refused."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+            stage.on("/x")(echo)
+            said = {name: value for name, value in words().items() if name != "Shardlead-Key"}
+            assert (await router.ask("POST", "/x", said)).status == 200
+            stale = await router.ask("POST", "/x", said | {"Shardlead-Epoch": str(EPOCH - 1)})
+            assert (stale.status, stale.headers["shardlead-refused"]) == (421, "stale")
+            assert (await router.ask("POST", "/x", said | {"Shardlead-Shard": "999999"})).status == 400
+
+    play(loop, main())
