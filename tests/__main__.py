@@ -5,13 +5,18 @@
     python -m tests PATH ...   pytest alone, with these arguments
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
+Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
+clusters (tests/e2e) measure times and run alone, afterwards.
 """
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,7 +25,10 @@ from tests.support import staircase
 
 ROOT: Final = Path(__file__).parents[1]
 TREES: Final = ("shardlead", "tests", "loadtest")
-SLOWEST: Final = 15
+SLOWEST: Final = 10
+SHOW_EVERY_S: Final = 1.0
+WAITING: Final = ("cluster", "controller", "interop", "store", "support")
+"""The folders of the first lane: about half of the time."""
 _LAST_LINE: Final = re.compile(r"=+ (?P<counts>.*) in [0-9.]+s.* =+$")
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -75,17 +83,50 @@ def imports() -> Step:
 
 
 def tests(arguments: list[str]) -> Step:
-    """pytest, passed through line by line; its last line is read for the counts."""
+    """pytest over everything: two lanes side by side, then the whole clusters alone."""
     headline("tests")
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "--quiet", f"--durations={SLOWEST}", "--durations-min=0.5", *arguments]
-    counts: dict[str, int] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            counts = _counts(line) or counts
-    return Step("tests", process.returncode == 0, time.monotonic() - began, counts)
+    waiting = [f"tests/{name}" for name in WAITING]
+    others = ["tests", "--ignore=tests/e2e", *(f"--ignore={path}" for path in waiting)]
+    with tempfile.TemporaryDirectory(prefix="shardlead-check-") as name:
+        folder = Path(name)
+        lanes = [
+            Lane(" ".join(WAITING), [*arguments, *waiting], folder),
+            Lane("all others", [*arguments, *others], folder),
+        ]
+        codes = [lane.finish() for lane in lanes]
+        lanes.append(Lane("whole clusters", [*arguments, "tests/e2e"], folder))
+        codes.append(lanes[-1].finish())
+    counts = Counter[str]()
+    for lane in lanes:
+        counts.update(lane.counts)
+    return Step("tests", not any(codes), time.monotonic() - began, dict(counts))
+
+
+class Lane:
+    """One pytest, begun at once; `finish` passes its output through and reads the counts from its last line."""
+
+    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
+        self.name = name
+        self.counts: dict[str, int] = {}
+        self._output = folder / f"{name}.txt"  # not a pipe, which would fill up while the other lane is read
+        words = ["--quiet", f"--durations={SLOWEST}", "--durations-min=0.5", "-p", "no:cacheprovider", *arguments]
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen([sys.executable, "-m", "pytest", *words], stdout=output)
+
+    def finish(self) -> int:
+        """Wait for its end and show what it prints meanwhile; the exit code."""
+        headline(self.name)
+        with self._process, self._output.open("rb") as output:
+            code = None
+            while code is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = self._process.wait(timeout=SHOW_EVERY_S)
+                sys.stdout.buffer.write(output.read())
+                sys.stdout.flush()
+        for line in self._output.read_text(encoding="utf-8", errors="replace").splitlines():
+            self.counts = _counts(line) or self.counts
+        return code
 
 
 def closing_line(steps: list[Step], seconds: float) -> str:
