@@ -249,6 +249,7 @@ class _Dev:
         self._stopping = asyncio.Event()
         self._is_hasty = False
         self._events_file: TextIO | None = None
+        self._etcd_faults: set[str] = set()
         self._shards = home.shards
         self._told: Mapping[str, int] = {}
 
@@ -441,7 +442,9 @@ class _Dev:
 
     def _show_output(self, name: str, line: str) -> None:
         is_store = name in ("store", "etcd")  # it warns of what is as it should be here: one member, in memory
-        if (self.options.is_verbose or not is_store) and not self._is_hasty:
+        if "etcd version" in line and not self.options.is_verbose:
+            self._etcd_faults.add(line.partition("warning=")[2])  # every process says so; once is enough
+        elif (self.options.is_verbose or not is_store) and not self._is_hasty:
             self.console.line(f"{self.console.dim(f'{name} |')} {line}")
 
     # --- stopping
@@ -509,6 +512,9 @@ class _Dev:
         say(f"  router   http://{self.router.address}")
         say(f"  admin    http://{self.router.admin}   (/readyz, /metrics, /v1/map, /v1/events)")
         say(f"  store    {self.store_url}   ({kind}, cluster {CLUSTER})")
+        if self._etcd_faults:
+            count = len(self._etcd_faults)
+            say(f"  {dim(f'         good for trying only: this etcd has {count} known faults (--verbose lists them)')}")
         if self.home.is_kept:
             say(f"  data     {self.home.folder}")
         else:
