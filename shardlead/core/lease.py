@@ -75,6 +75,8 @@ def renewed(state: State, sent_ns: int, ttl_s: float, now_ns: int, terms: Terms)
     match lapsed(state, now_ns):
         case Active(deadline_ns):
             return Active(max(deadline_ns, until_ns))
+        case Suspended(since_ns=since_ns) as suspended if sent_ns < since_ns:
+            return suspended  # sent before: it says nothing about what made us stop
         case Suspended(renewed_until_ns=known_ns) as suspended:
             return replace(suspended, renewed_until_ns=max(known_ns, until_ns))
         case Lost() as over:

@@ -345,8 +345,12 @@ class Worker:
             host.envoy = None
 
     async def _accompany(self, session: Session) -> None:
-        if self._companion is not None:
+        if self._companion is None:
+            return
+        try:
             await self._companion(session)
+        except Exception:  # it is not the worker's own work, which goes on without it
+            log.exception("the session's companion failed", extra={"worker": self.name})
 
     async def _after_loss(self, session: Session, work: asyncio.Task[None]) -> None:
         """Our handlers end, then we give the lease back ourselves, so that nobody waits for its TTL."""

@@ -202,6 +202,8 @@ class Steward:
         await loaded(self.inbox.mirror)
         await loaded(self.view.mirror)
         self._is_loaded = True
+        if self.session.name not in self.view.fleet.members:
+            self.session.doubt("its record was gone before anybody looked")
         now_ns = self._clock.now_ns()
         for shard in duties.own_orders(self.inbox.orders, self.session.name):
             self._claim_at(shard, now_ns)

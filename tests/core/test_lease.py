@@ -60,6 +60,19 @@ def test_a_suspension_ends_by_renewal_and_then_confirmation() -> None:
     assert active == Active(renewed.renewed_until_ns)
 
 
+def test_what_was_sent_before_a_doubt_does_not_end_it() -> None:
+    """The machine may have been held still between the sending and the alarm, and its clock with it: only a renewal
+    sent after the doubt counts, and only a confirmation after that."""
+    state = lease.opened(0, 10, TERMS)
+    doubted = lease.doubted(state, 2 * NS_PER_S)
+    late = lease.renewed(doubted, 1 * NS_PER_S, 10, 3 * NS_PER_S, TERMS)
+    assert late == doubted
+    renewed = lease.renewed(late, 3 * NS_PER_S, 10, 4 * NS_PER_S, TERMS)
+    assert isinstance(renewed, Suspended)
+    again = lease.doubted(renewed, 5 * NS_PER_S)
+    assert isinstance(lease.confirmed(again, renewed.renewed_until_ns, 6 * NS_PER_S), Suspended)
+
+
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("renew"), st.integers(0, 5 * NS_PER_S), ttls_s),
