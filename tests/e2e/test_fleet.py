@@ -111,6 +111,34 @@ def test_a_graceful_stop_of_the_controller_fails_no_request(fleet: Scene) -> Non
     check_counts(fleet, ledger, prefix)
 
 
+def test_an_operators_drain_and_moves_fail_no_request(fleet: Scene) -> None:
+    """`drain` empties a worker, `drain --undo` lets it lead again, `move` passes single shards, all under load: not
+    one request fails, and each command says what became of it."""
+    prefix = fleet.prefix("drain")
+
+    async def story() -> Ledger:
+        before = await fleet.prepare(*TRIO)
+        cluster = fleet.cluster
+        async with load_on(fleet, Mix(prefix=prefix)) as load:
+            code, out, err = await cluster.command("drain", "w2")
+            assert code == 0, out + err
+            assert (await cluster.map()).counts()["w2"] == 0
+            shard = next(shard for shard, worker in before.leaders.items() if worker == "w1")
+            code, out, err = await cluster.command("move", str(shard), "w3")
+            assert code == 0, out + err
+            assert (await cluster.leaders())[shard] == "w3"
+            for words in (("unpin", str(shard)), ("drain", "w2", "--undo")):
+                code, out, err = await cluster.command(*words)
+                assert code == 0, out + err
+            await cluster.wait_even(EVEN_S)
+            await asyncio.sleep(CALM_S)
+        return load.ledger
+
+    ledger = fleet.run(story())
+    assert ledger.failures() == [], ledger.summary()
+    check_counts(fleet, ledger, prefix)
+
+
 def test_a_rolling_restart_fails_no_request(fleet: Scene, is_long: bool) -> None:
     """All workers restarted one after another, several times over, with POSTs of 0 bytes and 1 MiB on kept-alive
     connections: not one request fails, and in a round a shard moves away and back at most, on average. (The planner's
