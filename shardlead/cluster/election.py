@@ -141,7 +141,9 @@ class Election:
             answers, shards = self._brake(former)
             if not shards:
                 return answers
-            nested = tuple(self._claim_one(shard, former[shard], reason) for shard in shards)
+            name, sid, ttl_s = session.name, session.sid, session.ttl_s
+            written = {shard: self._next_history(former[shard], reason, name, sid, ttl_s) for shard in shards}
+            nested = tuple(self._claim_one(shard, former[shard][1], written[shard]) for shard in shards)
             outcome = await self._store.commit(
                 Txn(
                     (*session.guards(), absent(keys.eviction(session.name))),
@@ -156,7 +158,7 @@ class Election:
         match outcome:
             case Committed(revision, results):
                 for shard, result in zip(shards, results, strict=True):
-                    answers[shard] = self._claim_answer(shard, former[shard][0], revision, result)
+                    answers[shard] = self._claim_answer(shard, former[shard][0], written[shard], revision, result)
                 return answers
             case Conflict(_, results):
                 return answers | dict.fromkeys(shards, SessionOver(self._why_refused(results)))
@@ -189,12 +191,10 @@ class Election:
                 answers[shard] = NotYet((until_ns - now_ns) / NS_PER_S)
         return answers, tuple(shard for shard in former if shard not in answers)
 
-    def _claim_one(self, shard: int, former: tuple[History | None, int], reason: str) -> Txn:
+    def _claim_one(self, shard: int, former_revision: int, history: History) -> Txn:
         keys, session = self._keys, self._session
-        history = self._next_history(former, reason, self._session.name, session.sid, session.ttl_s)
-        self._histories[shard] = history
         return Txn(
-            (absent(keys.leader(shard)), modified_at(keys.history(shard), former[1])),
+            (absent(keys.leader(shard)), modified_at(keys.history(shard), former_revision)),
             (
                 Put(keys.leader(shard), self._record(), session.lease),
                 Put(keys.history(shard), encode(history)),
@@ -204,18 +204,17 @@ class Election:
         )
 
     def _claim_answer(
-        self, shard: int, former: History | None, revision: int, result: OpResult
+        self, shard: int, former: History | None, history: History, revision: int, result: OpResult
     ) -> Claimed | LedBy | Nobody:
         assert isinstance(result, TxnResult), "a nested transaction answers with its own result"
-        history = self._histories[shard]
         if not result.succeeded:
             holder = self._holder(result.results[0])
             if not isinstance(holder, LedBy) or holder.leader.sid != self._session.sid:
-                self._histories.pop(shard, None)
                 return holder
             revision = holder.revision  # an earlier try of ours was applied; what it knew of the past is in history
             if former is not None and former.sid == self._session.sid:
-                history = self._histories[shard] = former
+                history = former
+        self._histories[shard] = history
         before = former if former is None or former.sid != self._session.sid else None
         ttl_s = before.ttl_s if before is not None else 0.0
         return Claimed(revision, history.clean, ttl_s or self._session.ttl_s, history.short_tenures)

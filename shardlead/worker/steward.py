@@ -415,8 +415,7 @@ class Steward:
                     self._metrics.claims.labels("won").inc()
                     self._former_ttl_s[shard] = former_ttl_s
                     must_wait = not self._host.fenced and not is_clean
-                    epoch = epoch_of(self._generation, revision)
-                    self._host.feed(shard, ownership.Won(epoch, self.session.is_active, must_wait))
+                    self._won(shard, epoch_of(self._generation, revision), must_wait)
                 case LedBy():
                     self._metrics.claims.labels("lost").inc()
                     self._host.feed(shard, ownership.ClaimLost())
@@ -450,6 +449,13 @@ class Steward:
                     self._host.feed(shard, ownership.ClaimLost())
                 else:
                     self.queue_claim(shard)
+
+    def _won(self, shard: int, epoch: int, must_wait: bool) -> None:
+        state = self._host.state(shard)
+        if isinstance(state, ownership.Idle | ownership.Claiming):
+            self._host.feed(shard, ownership.Won(epoch, self.session.is_active, must_wait))
+        elif 0 < ownership.epoch_led(state) < epoch:  # adopted meanwhile, lost, and claimed by this late answer
+            self._host.feed(shard, ownership.Gone("its epoch has changed"))  # the audit adopts the new one
 
     def _adopt(self, shard: int, revision: int) -> None:
         """A key of ours that the host does not know of: a claim or handoff that was applied late."""

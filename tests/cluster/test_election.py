@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from shardlead.cluster.election import BATCH, Claimed, Done, LedBy, Nobody, NotYet, SessionOver, TargetGone
+from shardlead.cluster.election import BATCH, Claimed, Done, Election, LedBy, Nobody, NotYet, SessionOver, TargetGone
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, Offer, Want
-from shardlead.store.base import UNGUARDED, Delete, Put, Txn
+from shardlead.store.base import UNGUARDED, Delete, Outcome, Put, Txn
+from shardlead.store.etcd import EtcdStore
 from tests.cluster.stage import Actor, Stage, play
 
 Play = Callable[[Callable[[Stage], Coroutine[Any, Any, None]]], None]
@@ -60,6 +61,41 @@ def test_a_claim_gives_each_shard_one_leader_whose_epoch_is_the_keys_revision(on
 
 
 SHARD_COUNT = BATCH
+
+
+class Meanwhile(EtcdStore):
+    """A store whose answer to the next nested transaction comes after something else has happened."""
+
+    then: Callable[[], Coroutine[Any, Any, None]] | None = None
+
+    async def commit(self, txn: Txn) -> Outcome:
+        outcome = await super().commit(txn)
+        if self.then is not None and any(isinstance(op, Txn) for op in txn.success):
+            then, self.then = self.then, None
+            await then()
+        return outcome
+
+
+def test_a_claim_is_answered_though_the_shard_was_given_up_meanwhile(on_stage: Play) -> None:
+    """An earlier try of it was found, served and resigned before the answer to a later try came."""
+
+    async def scene(stage: Stage) -> None:
+        one = await stage.actor("w1")
+        async with Meanwhile(stage.settings, clock=stage.clock, rng=stage.rng) as store:
+            election = Election(store, stage.keys, one.session, clock=stage.clock)
+            first = (await election.claim([3], "test"))[3]
+            assert isinstance(first, Claimed)
+
+            async def resign() -> None:
+                done = await election.resign(3, first.revision, (), is_clean=True, is_failure=False, why="test")
+                assert isinstance(done, Done)
+
+            store.then = resign
+            late = (await election.claim([3], "test"))[3]
+            assert isinstance(late, Claimed)
+            assert late.revision == first.revision
+
+    on_stage(scene)
 
 
 @pytest.mark.parametrize("obstacle", ["evicted", "record gone", "meta changed"])
