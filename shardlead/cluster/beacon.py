@@ -28,7 +28,7 @@ TICK_SEEN_S: Final = 1.0  # a tick that was written must come back by the watch 
 TICK_LOOK_S: Final = 0.02
 RETRY_S: Final = 0.1
 ORPHAN_AUDIT_S: Final = 60.0  # shards without a leader are looked for so often even if their number is right
-CONTROLLER_TICKS: Final = 5  # at a first start the controller has so many ticks to place the shards itself
+YOUNG_S: Final = 30.0  # a session that began less than this ago may be part of a fleet's first start
 
 
 class Beacon:
@@ -51,7 +51,7 @@ class Beacon:
         self._shards = shards
         self._clock = clock
         self._rng = rng
-        self._tick_at_ns = clock.now_ns()
+        self._born_ns = self._tick_at_ns = clock.now_ns()
         self._tick_revision = 0
         self._orphan_audit_at_ns = 0
         self._is_failing = False
@@ -111,16 +111,16 @@ class Beacon:
                 return
             missing_before = missing - await self._courier.led_shards(tick_revision_before)
             alone = duties.orphans(sorted(missing), missing_before)
-            if alone and not await self._is_for_controller():
+            if alone and not self._is_for_controller():
                 await self._offer(alone, tick_revision)
         except StoreError as exc:
             log.warning("orphans not looked for", extra={"reason": str(exc)})
 
-    async def _is_for_controller(self) -> bool:
-        """At a first start with a controller in its seat, it places the shards; it has a few ticks for that."""
-        if not self._view.fleet.seat_worker or self._view.fleet.tick > CONTROLLER_TICKS:
-            return False
-        return await self._courier.known_histories() == 0
+    def _is_for_controller(self) -> bool:
+        """While this session is young and a controller has its seat, that places what is alone, and evenly; offers in
+        between would only have to be moved again."""
+        is_young = self._clock.now_ns() - self._born_ns < YOUNG_S * NS_PER_S
+        return is_young and bool(self._view.fleet.seat_worker)
 
     async def _offer(self, shards: Iterable[int], tick_revision: int) -> None:
         """Offer each to one worker; while it stays alone, the next tick's turn goes to the next in order."""

@@ -188,11 +188,6 @@ class Courier:
                 return led
             start = page.kvs[-1].key + b"\x00"
 
-    async def known_histories(self) -> int:
-        """How many shards have ever been led. Raises StoreError."""
-        start = self._keys.histories
-        return (await self._store.read(Range(start, prefix_end(start), count_only=True))).count
-
 
 def _parts(shards: Sequence[int]) -> Iterable[Sequence[int]]:
     for start in range(0, len(shards), BATCH):

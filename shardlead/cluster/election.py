@@ -314,7 +314,9 @@ class Election:
         """
         keys, session = self._keys, self._session
         try:
-            history, _ = (await self._read_histories((shard,)))[shard]
+            history = self._histories.get(shard)  # written by our own claim, and by nobody else since
+            if history is None:
+                history = (await self._read_histories((shard,)))[shard][0]
             ended = replace(
                 history or self._next_history((None, 0), why, session.name, session.sid, session.ttl_s),
                 since=self._clock.wall_s(),

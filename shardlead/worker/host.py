@@ -36,6 +36,7 @@ HEALTH_INTERVAL_S: Final = 1.0
 HEALTH_STRIKES: Final = 3
 EXIT_STUCK: Final = 70  # sysexits' EX_SOFTWARE: work of an unfenced class outlived its leadership
 OPENS_MAX: Final = 64  # objects that open at once
+SENDS_MAX: Final = 16  # shards passed on at once: a fleet that stops as a whole must not drown its store
 REFUSALS_MAX: Final = 3  # new epochs in a row for a shard whose storage refuses them; then it is given up as a failure
 
 
@@ -215,6 +216,7 @@ class Host:
         self._idle.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._opens = asyncio.Semaphore(OPENS_MAX)
+        self._sends = asyncio.Semaphore(SENDS_MAX)
         self._health: asyncio.Task[None] | None = None
         self._is_unfenced_told = False
         metrics.leaderships.set_function(lambda: len(self.led()))
@@ -629,10 +631,10 @@ class Host:
         pause_s = SEND_PAUSE_S
         is_told = False
         while entry.state == ownership.Passing(epoch, goal):
-            if self.envoy is None:
-                self.feed(shard, ownership.Gone("the session is over"))
-                return
-            passage = await self.envoy.pass_on(shard, epoch, goal, is_clean=entry.is_clean)
+            async with self._sends:
+                if entry.state != ownership.Passing(epoch, goal):  # changed while others went first
+                    return
+                passage = await self._pass_on(shard, entry, epoch, goal)
             if entry.state != ownership.Passing(epoch, goal):
                 return
             match passage:
@@ -651,6 +653,11 @@ class Host:
                         log.warning("outcome unknown, asking until it is", extra={"shard": shard, "reason": reason})
                     await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
                     pause_s = min(pause_s * 2, SEND_PAUSE_MAX_S)
+
+    async def _pass_on(self, shard: int, entry: _Entry, epoch: int, goal: HandOver | Resign | Remint) -> Passage:
+        if self.envoy is None:
+            return NotOurs("the session is over")
+        return await self.envoy.pass_on(shard, epoch, goal, is_clean=entry.is_clean)
 
     def _note_end(self, entry: _Entry, goal: HandOver | Resign | Remint) -> None:
         now_ns = self._clock.now_ns()
