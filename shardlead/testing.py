@@ -76,6 +76,10 @@ class EventLog:
         """The events after `mark`, only those of `kind` ("leader", "worker") if given."""
         return [event for event in self.all[mark:] if not kind or event["event"] == kind]
 
+    def after(self, revision: int, kind: str = "") -> list[Event]:
+        """The events later than a map's revision: what has changed since that map, however late the log learns it."""
+        return [event for event in self.all if event["revision"] > revision and (not kind or event["event"] == kind)]
+
     async def wait(self, is_it: Callable[[Event], bool], *, timeout_s: float, since: int = 0) -> Event:
         """The first event after `since` for which `is_it`, now or when it comes. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):

@@ -71,11 +71,11 @@ def test_scale_out_fails_no_request(fleet: Scene) -> None:
         await fleet.prepare(*TRIO)
         async with load_on(fleet, Mix(prefix=prefix)) as load:
             await asyncio.sleep(CALM_S)
-            mark = fleet.cluster.events.mark()
+            before = await fleet.cluster.map()
             await fleet.cluster.add_worker("w4")
             seen = await fleet.cluster.wait_even(EVEN_S)
             await asyncio.sleep(2 * CALM_S)  # time for a move too many
-            moved = changes(fleet.cluster.events.since(mark))
+            moved = changes(fleet.cluster.events.after(before.revision))
             assert (await fleet.cluster.map()).spread <= 1
         return load.ledger, moved, Counter(seen.counts())
 
@@ -149,12 +149,12 @@ def test_a_rolling_restart_fails_no_request(fleet: Scene, is_long: bool) -> None
         await fleet.prepare(*TRIO)
         cluster = fleet.cluster
         async with load_on(fleet, Mix(prefix=prefix, big_share=0.03)) as load:
-            mark = cluster.events.mark()
+            before = await cluster.map()
             for name in TRIO:
                 await cluster.restart(name)
             await cluster.wait_even(EVEN_S)
             await cluster.wait_quiet(CALM_S, EVEN_S)
-            moved = changes(cluster.events.since(mark))
+            moved = changes(cluster.events.after(before.revision))
             for number in range(9 if is_long else 2):
                 for name in TRIO:
                     await cluster.restart(name)
@@ -287,12 +287,11 @@ def test_a_crashed_worker_that_comes_back_claws_nothing_back(fleet: Scene) -> No
         fleet.cluster.workers["w1"].kill()
         await fleet.cluster.workers["w1"].exited(20)
         await fleet.cluster.wait_gone("w1", 10)
-        await fleet.cluster.wait_even(EVEN_S)
-        mark = fleet.cluster.events.mark()
+        before = await fleet.cluster.wait_even(EVEN_S)
         await fleet.cluster.add_worker("w1")
         seen = await fleet.cluster.wait_even(EVEN_S)
         await asyncio.sleep(2 * CALM_S)
-        return changes(fleet.cluster.events.since(mark)), seen.counts()
+        return changes(fleet.cluster.events.after(before.revision)), seen.counts()
 
     moved, counts = fleet.run(story())
     assert set(moved.values()) == {1}
