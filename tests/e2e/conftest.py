@@ -108,3 +108,23 @@ async def ask(
     ):
         body = await answer.json(content_type=None)
         return answer.status, body if isinstance(body, dict) else {"body": body}
+
+
+def direct(method: str, key: str, leadership: Mapping[str, Any], path: str = "/") -> bytes:
+    """A request as a router sends it to a worker."""
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: worker",
+        "Content-Length: 0",
+        f"Shardlead-Shard: {leadership['shard']}",
+        f"Shardlead-Epoch: {leadership['epoch']}",
+        f"Shardlead-Key: {key}",
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def status_of(reader: asyncio.StreamReader, timeout_s: float = 20.0) -> int:
+    """The status of the next answer; 0 if the connection was closed instead."""
+    async with asyncio.timeout(timeout_s):
+        line = await reader.readline()
+    return int(line.split()[1]) if line else 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from shardlead.testing import Event
-from tests.e2e.conftest import COUNTER, EVEN_S, SHARDS, STORES, TTL_S, Scene, stage
+from tests.e2e.conftest import COUNTER, EVEN_S, SHARDS, STORES, TTL_S, Scene, direct, stage, status_of
 from tests.support.load import Ledger, Load, Mix, settled
 
 FAILOVER_S = 0.5
@@ -242,21 +242,32 @@ def test_a_lost_host_costs_its_lease(fleet: Scene) -> None:
 
 
 def test_a_frozen_worker_counts_nothing_under_its_old_epochs(fleet: Scene) -> None:
-    """SIGSTOP under load for longer than the lease, then SIGCONT: others lead its shards, nothing that it does under
-    its old epochs is acknowledged or stored, and it comes back as a worker like any other."""
+    """SIGSTOP under load for longer than the lease, then SIGCONT: others lead its shards, the requests that lie in its
+    sockets under the old epochs are refused, nothing that it does under them is acknowledged or stored, and it comes
+    back as a worker like any other."""
     prefix = fleet.prefix("frozen")
+    statuses: list[int] = []
 
     async def story() -> tuple[Ledger, dict[int, int], float, float]:
         before = await fleet.prepare(*TRIO)
         old = {shard: before.epochs[shard] for shard, worker in before.leaders.items() if worker == "w1"}
         async with load_on(fleet, Mix(prefix=prefix, idempotent_share=0.5)) as load:
             await asyncio.sleep(CALM_S)
+            led = next(entry for entry in load.ledger.entries if entry.is_ok and entry.worker == "w1")
+            address = before.workers["w1"].address.split(":")
+            connections = [await asyncio.open_connection(*address) for _ in range(6)]
             mark, stopped_s = fleet.cluster.events.mark(), load.now_s()
             fleet.cluster.workers["w1"].stop()
+            for number, (_, writer) in enumerate(connections):
+                leadership = {"shard": led.shard, "epoch": led.epoch}
+                writer.write(direct(("GET", "POST")[number % 2], led.key, leadership, f"/counters/{led.key}"))
             await led_again(fleet, set(old), mark, TTL_S + 5)
             await asyncio.sleep(CALM_S)
             cont_s = load.now_s()
             fleet.cluster.workers["w1"].cont()
+            for reader, writer in connections:
+                statuses.append(await status_of(reader))
+                writer.close()
             await fleet.cluster.wait_map(lambda seen: len(seen.workers) == 3, "three again", EVEN_S)
             await fleet.cluster.wait_even(EVEN_S)
             await asyncio.sleep(CALM_S)
@@ -269,6 +280,7 @@ def test_a_frozen_worker_counts_nothing_under_its_old_epochs(fleet: Scene) -> No
         if entry.is_ok and entry.done_s > cont_s and entry.worker == "w1" and entry.epoch == old.get(entry.shard)
     ]
     assert late == []
+    assert set(statuses) <= {0, 421, 503}, statuses
     for entry in ledger.failures():
         assert stopped_s - 0.1 < entry.done_s, ledger.summary()
         if entry.status == 503 and "file is busy" in entry.detail:
