@@ -33,6 +33,7 @@ from shardlead.devfile import DevCluster
 from shardlead.errors import CommandError, ConfigError, Problem, ProcessFailed
 from shardlead.narrator import Narrator
 from shardlead.processes import (
+    DATA_VARIABLE,
     LOOPBACK,
     ClusterMap,
     Process,
@@ -243,7 +244,9 @@ class _Dev:
         self.router: Process | None = None
         self.workers: list[WorkerProcess] = []
         self.processes = Processes(
-            home.logs, environment={"SHARDLEAD_DEMO_DB": str(home.database)}, on_line=self._show_output
+            home.logs,
+            environment={"SHARDLEAD_DEMO_DB": str(home.database), DATA_VARIABLE: str(home.folder)},
+            on_line=self._show_output,
         )
         self._news = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -499,8 +502,8 @@ class _Dev:
         """The command that starts one worker more, for another terminal."""
         words = [*_command_name(), "worker", self.options.app, "--name", name]
         words += ["--store", self.store_url, "--cluster", CLUSTER]
-        environment = f"SHARDLEAD_DEMO_DB={shlex.quote(str(self.home.database))} " if self._is_demo else ""
-        return environment + shlex.join(words)
+        name, value = ("SHARDLEAD_DEMO_DB", self.home.database) if self._is_demo else (DATA_VARIABLE, self.home.folder)
+        return f"{name}={shlex.quote(str(value))} {shlex.join(words)}"
 
     def _welcome(self, seen: ClusterMap) -> None:
         assert self.router is not None

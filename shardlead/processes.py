@@ -31,6 +31,9 @@ from shardlead import watchdog
 from shardlead.errors import ProcessFailed
 
 LOOPBACK: Final = "127.0.0.1"
+DATA_VARIABLE: Final = "SHARDLEAD_DEV_DATA"
+"""Names the folder in which an application under `shardlead dev` or LocalCluster may keep its files. It lasts as long
+as the cluster's epochs do: a fenced file that outlives them refuses every leader of the next cluster."""
 TAIL_LINES: Final = 40
 KILL_TIMEOUT_S: Final = 10.0
 OUTPUT_TIMEOUT_S: Final = 2.0  # a grandchild may hold the pipe open after the process itself has ended

