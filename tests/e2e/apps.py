@@ -69,24 +69,14 @@ class Raises(Slow):
         return await super().handle(request)
 
 
-class OpenRaises(Slow):
-    """Cannot open any shard but those of an even number."""
+class OpenFails(Slow):
+    """Opens shards of an even number; of the others every second one raises and every second one hangs."""
 
     async def open(self) -> None:
-        if self.lead.shard % 2:
-            raise RuntimeError("no such volume")
-
-
-class OpenHangs(Slow):
-    """Never opens shards of an odd number."""
-
-    async def open(self) -> None:
-        if self.lead.shard % 2:
-            await asyncio.Event().wait()
-
-
-class BadImport:
-    """Cannot be made at all: it takes no leadership."""
-
-    def __init__(self) -> None:
-        raise NotImplementedError
+        match self.lead.shard % 4:
+            case 1:
+                raise RuntimeError("no such volume")
+            case 3:
+                await asyncio.Event().wait()
+            case _:
+                pass

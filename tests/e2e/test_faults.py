@@ -28,7 +28,7 @@ def slow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "ttl_s": TTL_S,
         "shards": 12,
         "environment": {"SHARDLEAD_TEST_FOLDER": str(folder)},
-        "settings": {"router.hold_timeout_s": 40, "router.answer_timeout_s": 40, "worker.drain_timeout_s": 10},
+        "settings": {"router.hold_timeout_s": 40, "router.answer_timeout_s": 40, "worker.drain_timeout_s": 3},
     }
     with stage("tests.e2e.apps:Slow", request.param, options) as scene:
         yield scene

@@ -11,9 +11,9 @@ from tests.e2e.conftest import COUNTER, STORES, stage
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_first_start_is_even_and_moves_no_shard_twice(store: str) -> None:
-    """Three workers started within two seconds: leadership is even within one after at most 10 s, and no shard has moved
-    twice: it stayed where it was placed, or moved once, to a worker that came up after membership had been still for a
-    second (a machine under load starts processes that far apart)."""
+    """Three workers started within two seconds: leadership is even within one after at most 10 s, and no shard has
+    moved twice: it stayed where it was placed, or moved once, to a worker that came up after membership had been still
+    for a second (a machine under load starts processes that far apart)."""
     with stage(COUNTER, store, {"workers": 0}) as scene:
 
         async def story() -> tuple[float, Counter[int]]:

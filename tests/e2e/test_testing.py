@@ -1,4 +1,4 @@
-"""What `shardlead.testing` gives to users: the fixture, on asyncio and on uvloop alike."""
+"""What `shardlead.testing` gives to users: the fixture. (On uvloop here; all other tests of clusters use asyncio's.)"""
 
 import os
 import subprocess
@@ -9,7 +9,6 @@ CONFTEST = 'pytest_plugins = ["shardlead.testing"]\n'
 TEST = """
 import asyncio
 import uvloop
-import pytest
 
 async def story(shardlead_cluster):
     cluster = shardlead_cluster("shardlead.demo:Counter", workers=2, shards=8,
@@ -26,9 +25,8 @@ async def story(shardlead_cluster):
     assert (cluster.folder / "logs" / "w1.log").read_text()
     assert cluster.events.since(0, "worker")
 
-@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_users_cluster(shardlead_cluster, loop):
-    with asyncio.Runner(loop_factory=loop) as runner:
+def test_a_users_cluster(shardlead_cluster):
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(story(shardlead_cluster))
 """
 
