@@ -51,7 +51,8 @@ class Ran:
 def environment(tmp_path: Path) -> dict[str, str]:
     """A user's, in which no `shardlead dev` of this machine is seen."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SHARDLEAD_", "XDG_"))}
-    return {**kept, "XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    own = {"XDG_RUNTIME_DIR": "run", "XDG_CACHE_HOME": "cache", "SHARDLEAD_DEMO_DB": "counters.sqlite3"}
+    return kept | {name: str(tmp_path / path) for name, path in own.items()}
 
 
 @pytest.fixture
@@ -481,8 +482,7 @@ def test_a_signal_stops_a_role_in_good_order(
     assert run("init", "--shards", "4", *flags).code == 0
     app = ["shardlead.demo:Counter"] if role == "worker" else []
     port = ["--port", "0"] if role == "router" else []
-    database = {"SHARDLEAD_DEMO_DB": str(tmp_path / "counters.sqlite3")}
-    with started({**environment, **database}, role, *app, *flags, *port, "--name", "n1") as process:
+    with started(environment, role, *app, *flags, *port, "--name", "n1") as process:
         words = line_of(process, "ready ").split()
         assert (words[1], words[2], words[4]) == (role, "n1", "admin")
         process.send_signal(number)
@@ -519,8 +519,7 @@ def test_a_role_says_that_its_store_is_silent_and_recovers(
 def test_a_second_signal_ends_a_stopping_role_at_once(environment: dict[str, str], url: str, tmp_path: Path) -> None:
     """A worker that lingers for its routers exits with 128 + the signal's number when it is told twice."""
     flags = ["--store", url, "--cluster", CLUSTER, "--set", "cluster.shards=4", "--name", "n1"]
-    database = {"SHARDLEAD_DEMO_DB": str(tmp_path / "counters.sqlite3")}
-    with started({**environment, **database}, "worker", "shardlead.demo:Counter", *flags) as process:
+    with started(environment, "worker", "shardlead.demo:Counter", *flags) as process:
         address = line_of(process, "ready ").split()[3]
         host, port = address.rsplit(":", 1)
         with socket.create_connection((host, int(port))):  # a router that stays connected: the worker lingers for it

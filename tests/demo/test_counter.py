@@ -26,7 +26,7 @@ Client = TestClient[web.Request, web.Application]
 
 
 @pytest.fixture(autouse=True)
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that all counters of a test share."""
     path = tmp_path / "counters.sqlite3"
     monkeypatch.setenv(demo.DATABASE_VARIABLE, str(path))
@@ -209,7 +209,7 @@ def test_a_call_cancelled_after_its_commit_is_known_by_its_replay() -> None:
     run(main)
 
 
-def test_answers_are_kept_within_bounds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_kept_within_bounds(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest ANSWERS_KEPT of each shard, and at most PRUNE_EVERY more."""
     monkeypatch.setattr(demo, "ANSWERS_KEPT", 5)
     monkeypatch.setattr(demo, "PRUNE_EVERY", 2)
@@ -225,7 +225,7 @@ def test_answers_are_kept_within_bounds(path: Path, monkeypatch: pytest.MonkeyPa
         assert "Idempotency-Replayed" not in forgotten.headers
 
     run(main)
-    with contextlib.closing(sqlite3.connect(path)) as db:
+    with contextlib.closing(sqlite3.connect(file)) as db:
         kept = dict(db.execute("SELECT shard, count(*) FROM answers GROUP BY shard").fetchall())
     assert kept[4] == 1
     assert 5 <= kept[SHARD] <= 7
@@ -252,7 +252,7 @@ def test_an_old_leader_adds_nothing_any_more() -> None:
     run(main)
 
 
-def test_what_is_acknowledged_is_stored(path: Path) -> None:
+def test_what_is_acknowledged_is_stored(file: Path) -> None:
     """1,000 POSTs over 50 counters on three shards, each of which changes its leader in between; those that are
     fenced are sent again, with their key."""
 
@@ -281,12 +281,12 @@ def test_what_is_acknowledged_is_stored(path: Path) -> None:
             await asyncio.gather(*map(post, range(500)), *map(change, range(3)), *map(post, range(500, 1_000)))
 
     run(main)
-    with contextlib.closing(sqlite3.connect(path)) as db:
+    with contextlib.closing(sqlite3.connect(file)) as db:
         values = db.execute("SELECT value FROM counters").fetchall()
     assert values == [(20,)] * 50
 
 
-def test_a_broken_connection_leaves_the_counter_exact(path: Path) -> None:
+def test_a_broken_connection_leaves_the_counter_exact(file: Path) -> None:
     """Clients that give up at any moment: whatever the counter shows is what the file holds."""
 
     async def main() -> None:
