@@ -126,6 +126,8 @@ class Narrator:
 
     def _group(self, source: str | None, target: str | None, shards: list[int], changes: Iterable[_Change]) -> str:
         what = _name(shards)
+        if source is None and target is None:
+            return f"{what}: claimed and given up, still nobody leads"
         if target is None:
             return f"{source or 'nobody'} -> nobody: {what}{self._why(source)}"
         if source is None:

@@ -70,6 +70,14 @@ def test_a_shard_that_stays_alone_is_told_then_and_when_it_is_led() -> None:
     assert narrator.tell() == ["w1 -> w3: shard 0 (w1 is gone), without a leader for at most 2500 ms"]
 
 
+def test_a_shard_that_is_only_tried_is_told_in_words() -> None:
+    """An `open()` that fails: a claim given up at once leaves no source and no target to name."""
+    narrator = Narrator()
+    narrator.observe(_leader(7, "w2", 1.0, 1))
+    narrator.observe(_leader(7, None, 1.1, 2))
+    assert narrator.tell() == ["shard 7: claimed and given up, still nobody leads"]
+
+
 def test_the_first_leaders_and_a_new_epoch_in_place() -> None:
     """A first claim has no source; a re-mint keeps the leader and says so."""
     narrator = Narrator()
