@@ -222,6 +222,11 @@ class Console:
 RED: Final = "31"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, as people write it."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def balance(counts: Mapping[str, int], total: int) -> str:
     """Who leads how much, on one line."""
     led = sum(counts.values())
@@ -477,7 +482,7 @@ class _Dev:
                 process.terminate()
             await asyncio.gather(*(self._await_end(process, time_s) for process in group))
         if self.exit_code == 0 and not self._is_hasty:
-            kept = f"; counts are kept in {self.home.folder}" if self.home.is_kept else ""
+            kept = f"; data is kept in {self.home.folder}" if self.home.is_kept else ""
             self.console.line(f"stopped{kept}")
 
     async def _await_end(self, process: Process, time_s: float) -> None:
@@ -510,7 +515,13 @@ class _Dev:
         say, bold, dim = self.console.line, self.console.bold, self.console.dim
         port = _port_of(self.router.address)
         kind = "etcd" if self.options.etcd else "embedded"
-        say(bold(f"shardlead dev: {len(self.workers)} workers lead {seen.shards} shards"))
+        counts = seen.counts()
+        led = sum(counts.values())
+        what = counted(seen.shards, "shard")
+        if led < seen.shards:
+            what = f"{led} of {what}; why not all, the lines above say"
+        is_one = len(self.workers) == 1
+        say(bold(f"shardlead dev: {counted(len(self.workers), 'worker')} {'leads' if is_one else 'lead'} {what}"))
         say()
         say(f"  router   http://{self.router.address}")
         say(f"  admin    http://{self.router.admin}   (/readyz, /metrics, /v1/map, /v1/events)")
@@ -522,10 +533,9 @@ class _Dev:
             say(f"  data     {self.home.folder}")
         else:
             say(f"  data     temporary, gone at the end   {dim('(keep it: --data DIR)')}")
-        counts = seen.counts()
         for worker in self.workers:
-            count = counts.get(worker.name, 0)
-            say(f"  {worker.name:<8} http://{worker.address}   leads {count} shards, pid {worker.pid}")
+            leads = counted(counts.get(worker.name, 0), "shard")
+            say(f"  {worker.name:<8} http://{worker.address}   leads {leads}, pid {worker.pid}")
         say()
         say(bold("Try, in another terminal:"))
         say()

@@ -25,6 +25,11 @@ def test_a_taken_port_is_named_with_its_flag(taken: int) -> None:
     check_port(0)
 
 
+def test_what_is_counted_reads_well() -> None:
+    """One worker, two workers, no workers."""
+    assert [dev.counted(number, "worker") for number in (0, 1, 2)] == ["0 workers", "1 worker", "2 workers"]
+
+
 def test_a_data_folder_remembers_its_shards(tmp_path: Path) -> None:
     """The first start writes the shard count down; later ones take it from there and refuse another."""
     data = tmp_path / "data"

