@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.answers import Undecided
 from shardlead.cluster.courier import Courier, Ticked, TickLost
-from shardlead.cluster.election import Undecided
 from shardlead.cluster.mail import FleetView
 from shardlead.core import duties
 from shardlead.core.fleet import Fleet

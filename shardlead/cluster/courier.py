@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shardlead.cluster.election import BATCH, LedBy, Undecided
+from shardlead.cluster.answers import LedBy, Undecided
+from shardlead.cluster.batch import BATCH
 from shardlead.cluster.session import Session
 from shardlead.core.keyspace import Keyspace, decode, encode
 from shardlead.core.model import Offer, Tick, Want

@@ -13,21 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from shardlead.clock import NS_PER_S, Clock
+from shardlead.cluster.answers import Claimed, Done, LedBy, Nobody, NotYet, SessionOver, TargetGone, Undecided
+from shardlead.cluster.batch import BATCH
 from shardlead.cluster.beacon import Beacon, loaded
 from shardlead.cluster.courier import Courier
-from shardlead.cluster.election import (
-    BATCH,
-    Claimed,
-    Done,
-    Election,
-    LedBy,
-    Nobody,
-    NotYet,
-    SessionOver,
-    TargetGone,
-    Undecided,
-)
+from shardlead.cluster.election import Election
+from shardlead.cluster.history import Histories
+from shardlead.cluster.leaders import Leaders
 from shardlead.cluster.mail import FleetChange, FleetView, Inbox
+from shardlead.cluster.passing import Passing
 from shardlead.cluster.session import Session
 from shardlead.config import WorkerSettings
 from shardlead.core import duties, ownership
@@ -83,7 +77,10 @@ class Steward:
         self.session = session
         self.inbox = Inbox(store, keyspace, session.name, self._inbox_changed, clock=clock, rng=rng)
         self.view = FleetView(store, keyspace, self._fleet_changed, clock=clock, rng=rng)
-        self._election = Election(store, keyspace, session, clock=clock)
+        histories = Histories(store, keyspace, clock=clock)
+        self._leaders = Leaders(store, keyspace, session)
+        self._election = Election(store, keyspace, session, self._leaders, histories, clock=clock)
+        self._passing = Passing(store, keyspace, session, self._leaders, histories, clock=clock)
         self._courier = Courier(store, keyspace, session)
         self._host = host
         self._settings = settings
@@ -339,7 +336,7 @@ class Steward:
             await self._give_up_pursuits({*wanted, *takeovers})
         if not shards:
             return
-        leaders = await self._election.read_leaders(shards)
+        leaders = await self._leaders.read(shards)
         await self._want(leaders, takeovers, frozenset(wanted))
 
     async def _give_up_pursuits(self, wanted: Collection[int]) -> None:
@@ -516,7 +513,7 @@ class Steward:
         shards = sorted(self._lookups)[:BATCH]
         if not shards:
             return
-        revision, leaders = await self._election.look_up(shards)
+        revision, leaders = await self._leaders.look_up(shards)
         self._lookups.difference_update(shards)
         known_epoch = epoch_of(self._generation, revision)
         for shard, holder in leaders.items():
@@ -530,7 +527,7 @@ class Steward:
 
     async def _check(self, led: dict[int, int]) -> bool | None:
         """T3 for these; what is not ours any more is taken from the host. None if undecided."""
-        answers = await self._election.confirm({shard: revision_of(epoch) for shard, epoch in led.items()})
+        answers = await self._leaders.confirm({shard: revision_of(epoch) for shard, epoch in led.items()})
         match answers:
             case SessionOver():
                 return False
@@ -568,7 +565,7 @@ class Steward:
                 target = self.view.fleet.members.get(want.target)
                 if target is None:
                     return NotPassed(f"worker {want.target} is gone")
-                answer = await self._election.hand_off(shard, revision, want, want_revision, target, is_clean=is_clean)
+                answer = await self._passing.hand_off(shard, revision, want, want_revision, target, is_clean=is_clean)
                 match answer:
                     case Done(moved):
                         self._metrics.handoffs.labels("out", "moved").inc()
@@ -581,7 +578,7 @@ class Steward:
                         return _not_ours(rest)
             case Resign(reason, is_failure):
                 heirs = self._heirs(shard)
-                resigned = await self._election.resign(
+                resigned = await self._passing.resign(
                     shard, revision, heirs, is_clean=is_clean, is_failure=is_failure, why=reason
                 )
                 if isinstance(resigned, Done):
@@ -589,7 +586,7 @@ class Steward:
                     return PassedOn()
                 return _not_ours(resigned)
             case Remint(reason):
-                minted = await self._election.remint(shard, revision)
+                minted = await self._passing.remint(shard, revision)
                 if isinstance(minted, Done):
                     self._metrics.remints.labels("resumed").inc()
                     log.info("re-minted", extra={"shard": shard, "reason": reason})
@@ -615,7 +612,7 @@ class Steward:
             if not self.session.is_active:
                 continue
             before = self._host.led()
-            match await self._election.audit():
+            match await self._leaders.audit():
                 case SessionOver(reason):
                     self.session.lose(reason)
                     return

@@ -10,6 +10,9 @@ from shardlead.clock import NS_PER_S, SystemClock
 from shardlead.cluster.bootstrap import Shape, ensure_shape
 from shardlead.cluster.courier import Courier
 from shardlead.cluster.election import Election
+from shardlead.cluster.history import Histories
+from shardlead.cluster.leaders import Leaders
+from shardlead.cluster.passing import Passing
 from shardlead.cluster.session import Session, open_session
 from shardlead.config import ClusterSettings, LeaseSettings, StoreSettings
 from shardlead.core.keyspace import Keyspace, decode
@@ -80,13 +83,21 @@ class Stage:
 
 
 class Actor:
-    """A session with its election and its letters."""
+    """A session with its elections and its letters."""
 
     def __init__(self, stage: Stage, session: Session) -> None:
         self.stage = stage
         self.session = session
-        self.election = Election(stage.store, stage.keys, session, clock=stage.clock)
         self.courier = Courier(stage.store, stage.keys, session)
+        self.vote_through(stage.store)
+
+    def vote_through(self, store: EtcdStore) -> None:
+        """Take part in elections by this store from now on, as a session does that remembers nothing yet."""
+        keys, session, clock = self.stage.keys, self.session, self.stage.clock
+        self.histories = Histories(store, keys, clock=clock)
+        self.leaders = Leaders(store, keys, session)
+        self.election = Election(store, keys, session, self.leaders, self.histories, clock=clock)
+        self.passing = Passing(store, keys, session, self.leaders, self.histories, clock=clock)
 
     async def member(self) -> Member:
         """This worker as others see it."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from shardlead.cluster.election import BATCH, Claimed, Done, Election, LedBy, Nobody, NotYet, SessionOver, TargetGone
+from shardlead.cluster.answers import Claimed, Done, LedBy, Nobody, NotYet, SessionOver, TargetGone
+from shardlead.cluster.batch import BATCH
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, Offer, Want
 from shardlead.store.base import UNGUARDED, Delete, Outcome, Put, Txn
@@ -28,7 +29,7 @@ async def claimed(actor: Actor, shard: int) -> Claimed:
 
 async def want_of(target: Actor, owner: Actor, shard: int) -> tuple[Want, int]:
     """`target` wants a shard; the want as it stands in the owner's inbox."""
-    leaders = await target.election.read_leaders([shard])
+    leaders = await target.leaders.read([shard])
     holder = leaders[shard]
     assert isinstance(holder, LedBy)
     assert await target.courier.want({shard: holder}, 0, "test") == {shard}
@@ -82,17 +83,15 @@ def test_a_claim_is_answered_though_the_shard_was_given_up_meanwhile(on_stage: P
     async def scene(stage: Stage) -> None:
         one = await stage.actor("w1")
         async with Meanwhile(stage.settings, clock=stage.clock, rng=stage.rng) as store:
-            election = Election(store, stage.keys, one.session, clock=stage.clock)
-            first = (await election.claim([3], "test"))[3]
-            assert isinstance(first, Claimed)
+            one.vote_through(store)
+            first = await claimed(one, 3)
 
             async def resign() -> None:
-                done = await election.resign(3, first.revision, (), is_clean=True, is_failure=False, why="test")
+                done = await one.passing.resign(3, first.revision, (), is_clean=True, is_failure=False, why="test")
                 assert isinstance(done, Done)
 
             store.then = resign
-            late = (await election.claim([3], "test"))[3]
-            assert isinstance(late, Claimed)
+            late = await claimed(one, 3)
             assert late.revision == first.revision
 
     on_stage(scene)
@@ -128,7 +127,7 @@ def test_a_handoff_moves_leader_epoch_and_offer_in_one_revision(on_stage: Play) 
         epoch = (await claimed(one, 3)).revision
         want, want_revision = await want_of(two, one, 3)
         assert want.epoch_seen == epoch
-        answer = await one.election.hand_off(3, epoch, want, want_revision, await two.member(), is_clean=True)
+        answer = await one.passing.hand_off(3, epoch, want, want_revision, await two.member(), is_clean=True)
         assert isinstance(answer, Done)
         leader, offer = await stage.get(stage.keys.leader(3)), await stage.get(stage.keys.offer("w2", 3))
         assert leader is not None
@@ -136,7 +135,7 @@ def test_a_handoff_moves_leader_epoch_and_offer_in_one_revision(on_stage: Play) 
         assert leader.mod_revision == offer.mod_revision == answer.revision > epoch
         assert decode(Offer, offer.key, offer.value).handoff
         assert await stage.get(stage.keys.want("w1", 3)) is None
-        repeated = await one.election.hand_off(3, epoch, want, want_revision, await two.member(), is_clean=True)
+        repeated = await one.passing.hand_off(3, epoch, want, want_revision, await two.member(), is_clean=True)
         assert repeated == answer  # an outcome that was unknown is found out by asking again
         await one.session.close()
         assert await stage.get(stage.keys.leader(3)) == leader
@@ -163,15 +162,15 @@ def test_a_handoff_whose_target_is_gone_leaves_the_shard_with_its_leader(on_stag
                 record = target.record.__class__(sid=target.record.sid, address="x:1", state="draining")
                 assert await two.session.announce(record)
                 target = await two.member()
-        answer = await one.election.hand_off(3, epoch, want, want_revision, target, is_clean=True)
+        answer = await one.passing.hand_off(3, epoch, want, want_revision, target, is_clean=True)
         assert isinstance(answer, TargetGone)
-        minted = await one.election.remint(3, epoch)
+        minted = await one.passing.remint(3, epoch)
         assert isinstance(minted, Done)
         assert minted.revision > epoch
-        assert await one.election.remint(3, epoch) == minted  # found out by asking again
-        late = await one.election.hand_off(3, epoch, want, want_revision, target, is_clean=True)
+        assert await one.passing.remint(3, epoch) == minted  # found out by asking again
+        late = await one.passing.hand_off(3, epoch, want, want_revision, target, is_clean=True)
         assert isinstance(late, LedBy | TargetGone)  # exactly one of T5 and T5s applies
-        holder = (await one.election.read_leaders([3]))[3]
+        holder = (await one.leaders.read([3]))[3]
         assert isinstance(holder, LedBy)
         assert (holder.leader.worker, holder.revision) == ("w1", minted.revision)
 
@@ -188,7 +187,7 @@ def test_a_target_that_rewrote_its_record_still_gets_the_shard(on_stage: Play) -
         seen = await two.member()
         assert two.session.record is not None
         assert await two.session.announce(two.session.record)
-        answer = await one.election.hand_off(3, epoch, want, want_revision, seen, is_clean=True)
+        answer = await one.passing.hand_off(3, epoch, want, want_revision, seen, is_clean=True)
         assert isinstance(answer, Done)
 
     on_stage(scene)
@@ -201,7 +200,7 @@ def test_resigning_offers_the_shard_and_remembers_how_it_ended(on_stage: Play) -
         one, two = await stage.actor("w1"), await stage.actor("w2")
         epoch = (await claimed(one, 3)).revision
         heir = ("w2", await two.member())
-        done = await one.election.resign(3, epoch, (heir,), is_clean=True, is_failure=False, why="stop")
+        done = await one.passing.resign(3, epoch, (heir,), is_clean=True, is_failure=False, why="stop")
         assert isinstance(done, Done)
         offer = await stage.get(stage.keys.offer("w2", 3))
         assert offer is not None
@@ -212,7 +211,7 @@ def test_resigning_offers_the_shard_and_remembers_how_it_ended(on_stage: Play) -
         await one.session.close()
         gone = ("w1", (await two.member()).__class__(heir[1].record, one.session.lease, 0, 0))
         assert isinstance(
-            await two.election.resign(3, next_tenure.revision, (gone,), is_clean=False, is_failure=False, why="stop"),
+            await two.passing.resign(3, next_tenure.revision, (gone,), is_clean=False, is_failure=False, why="stop"),
             Done,
         )
         assert await stage.get(stage.keys.leader(3)) is None
@@ -245,8 +244,8 @@ def test_the_past_is_kept_in_order_and_bounded(on_stage: Play) -> None:
         actors = [one, two] * 6
         for actor in actors:
             revision = (await claimed(actor, 3)).revision
-            await actor.election.resign(3, revision, (), is_clean=True, is_failure=False, why="next")
-        history = await one.election.history(3)
+            await actor.passing.resign(3, revision, (), is_clean=True, is_failure=False, why="next")
+        history = (await one.histories.read((3,)))[3][0]
         assert history is not None
         assert history.ended
         assert [past.worker for past in history.previous] == ["w1", "w2"] * 4
@@ -263,7 +262,7 @@ def test_a_poisoned_shard_is_left_alone_for_longer_and_longer(on_stage: Play) ->
         actors = [await stage.actor(f"w{number}") for number in range(4)]
         for actor in actors[:3]:
             revision = (await claimed(actor, 3)).revision
-            await actor.election.resign(3, revision, (), is_clean=True, is_failure=True, why="boom")
+            await actor.passing.resign(3, revision, (), is_clean=True, is_failure=True, why="boom")
         answer = (await actors[3].election.claim([3], "test"))[3]
         assert isinstance(answer, NotYet)
         assert 0 < answer.wait_s <= 1.0
@@ -279,14 +278,14 @@ def test_a_proof_tells_what_is_ours_and_what_is_not(on_stage: Play) -> None:
         led = {shard: (await claimed(one, shard)).revision for shard in (3, 4)}
         taken = (await claimed(two, 5)).revision
         await stage.store.commit(Txn(UNGUARDED, (Delete(stage.keys.leader(4)),)))  # an administrator's mistake
-        answers = await one.election.confirm({**led, 5: taken})
+        answers = await one.leaders.confirm({**led, 5: taken})
         assert isinstance(answers, dict)
         assert answers[3] == Done(led[3])
         assert answers[4] == Nobody()
         assert isinstance(answers[5], LedBy)
-        assert await one.election.confirm({}) == {}
+        assert await one.leaders.confirm({}) == {}
         await stage.store.revoke(one.session.lease)
-        assert isinstance(await one.election.confirm(led), SessionOver)
+        assert isinstance(await one.leaders.confirm(led), SessionOver)
 
     on_stage(scene)
 
@@ -298,9 +297,9 @@ def test_an_audit_finds_what_stands_on_the_lease(on_stage: Play) -> None:
         one, two = await stage.actor("w1"), await stage.actor("w2")
         led = {shard: (await claimed(one, shard)).revision for shard in (3, 4)}
         await claimed(two, 5)
-        assert await one.election.audit() == led
+        assert await one.leaders.audit() == led
         await stage.store.revoke(one.session.lease)
-        assert isinstance(await one.election.audit(), SessionOver)
+        assert isinstance(await one.leaders.audit(), SessionOver)
 
     on_stage(scene)
 

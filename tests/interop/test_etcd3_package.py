@@ -14,8 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from shardlead.clock import SystemClock
+from shardlead.cluster.answers import Claimed
 from shardlead.cluster.bootstrap import ensure_shape
-from shardlead.cluster.election import Claimed, Election
+from shardlead.cluster.election import Election
+from shardlead.cluster.history import Histories
+from shardlead.cluster.leaders import Leaders
 from shardlead.cluster.session import open_session
 from shardlead.config import ClusterSettings, LeaseSettings, StoreSettings
 from shardlead.core.keyspace import Keyspace
@@ -89,7 +92,9 @@ def test_etcd3_reads_the_shard_map_and_holds_a_lock_beside_ours(etcd: EtcdCluste
                 record=WorkerRecord(sid="", address="127.0.0.1:1"),
                 meta_revision=shape.meta_revision,
             )
-            claims = await Election(store, keys, session, clock=clock).claim([0, 1, 2, 3], "interop")
+            standing, histories = Leaders(store, keys, session), Histories(store, keys, clock=clock)
+            election = Election(store, keys, session, standing, histories, clock=clock)
+            claims = await election.claim([0, 1, 2, 3], "interop")
 
             # it reads who leads, under which epoch, on which lease: plain JSON
             leaders = await peer.ask("read", "/interop/leaders/")
