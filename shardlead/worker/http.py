@@ -28,9 +28,10 @@ from shardlead.core.contract import Refused
 from shardlead.core.ownership import FencedOff, Serving
 from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError, WriteUnknown
 from shardlead.metrics import WorkerMetrics
+from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Description, Hosted
 from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
-from shardlead.worker.host import Admitted, Host, Parked, Turned
+from shardlead.worker.host import Host
 from shardlead.worker.tenure import Tenure
 from shardlead.worker.wire import (
     Call,

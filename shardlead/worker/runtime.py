@@ -38,8 +38,9 @@ from shardlead.errors import (
 )
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
+from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Application, Factory
-from shardlead.worker.host import Admitted, Host, Parked, Turned
+from shardlead.worker.host import Host
 from shardlead.worker.http import Front
 from shardlead.worker.steward import Steward
 from shardlead.worker.tenure import CANCELLED

@@ -32,7 +32,8 @@ from shardlead.core.shardmap import Member
 from shardlead.errors import StoreError, WorkerFull
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import Store
-from shardlead.worker.host import AskAgain, Host, NotOurs, NotPassed, Passage, PassedOn
+from shardlead.worker.envoy import AskAgain, NotOurs, NotPassed, Passage, PassedOn
+from shardlead.worker.host import Host
 from shardlead.worker.leadership import Guard
 
 log = logging.getLogger("shardlead.steward")

@@ -1,7 +1,7 @@
 """One leadership as this process lives it: the application's object, and everything that runs for it.
 
 Law: design.md, Worker. Work is entered and left, so that a drain can wait for its end and a loss can cancel it.
-The object is opened once and closed once. Nothing here decides; `worker.host` does what `core.ownership` says.
+The object is opened once and closed once. Nothing here decides; `worker.objects` does what `core.ownership` says.
 """
 
 import asyncio
@@ -86,7 +86,7 @@ class Tenure:
 
     async def wait_idle(self) -> None:
         """Return once no request runs. The caller bounds it."""
-        await self._idle.wait()  # no time-out: worker.host bounds it by drain_timeout_s
+        await self._idle.wait()  # no time-out: worker.objects bounds it by drain_timeout_s
 
     def close_tunnels(self) -> None:
         """Close every upgraded connection, now."""

@@ -17,7 +17,7 @@ from shardlead.core import contract
 from shardlead.core.contract import Refused
 from shardlead.core.model import SHARDS_MAX
 from shardlead.errors import RequestError
-from shardlead.worker.host import Turned
+from shardlead.worker.admission import Turned
 
 _KEY: Final = re.compile(r"(?:[!-$&-~]|%[0-9A-Fa-f]{2})+")  # visible ASCII; each % begins an escape
 _DIGITS_MAX: Final = 16  # an epoch is below 2**53

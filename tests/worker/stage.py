@@ -19,7 +19,8 @@ from shardlead.core.model import Want
 from shardlead.core.ownership import Gone, HandOver, Opening, Remint, Resign, Serving, Wanted, Won
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.application import Application
-from shardlead.worker.host import Host, NotOurs, Passage, PassedOn
+from shardlead.worker.envoy import NotOurs, Passage, PassedOn
+from shardlead.worker.host import Host
 from shardlead.worker.http import Front
 from shardlead.worker.leadership import Leadership
 
@@ -75,7 +76,7 @@ class Switch:
 
 @dataclass
 class Speaker:
-    """An envoy whose store always agrees; `host.Envoy`."""
+    """An envoy whose store always agrees; `envoy.Envoy`."""
 
     guard: Switch = field(default_factory=Switch)
     doubts: list[tuple[int, int]] = field(default_factory=list)

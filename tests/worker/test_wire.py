@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shardlead.core import contract
 from shardlead.core.contract import Refused
 from shardlead.errors import RequestError
-from shardlead.worker.host import Turned
+from shardlead.worker.admission import Turned
 from shardlead.worker.wire import application_error, key_of, outcome_unknown, refusal
 
 
