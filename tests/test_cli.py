@@ -428,6 +428,7 @@ def test_drain_cordon_and_freeze_are_written_and_taken_back(run: Callable[..., R
     assert run("freeze", "--reason", "deploy", *target).code == 0
     page = run("status", "--json", *target).json
     assert (page["drained"], page["cordoned"], page["is_frozen"]) == (["w1"], ["w1"], True)
+    assert "deploy: no moves for evenness" in run("status", *target).out
     assert "to be drained" in run("workers", *target).out
     for _ in range(2):
         assert run("drain", "--undo", "w1", *target).code == 0

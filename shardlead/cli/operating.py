@@ -117,7 +117,7 @@ def uncordon(worker: str, **target: Any) -> None:
 
 @click.command()
 @look_options
-@click.option("--reason", default="", help="What for; `status` and the log show it.")
+@click.option("--reason", default="", metavar="TEXT", help="What for; `status` shows it.")
 def freeze(reason: str, **target: Any) -> None:
     """No moves for evenness for now.
 

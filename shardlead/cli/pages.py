@@ -140,6 +140,7 @@ def status_page(look: Look) -> dict[str, Any]:
         "spread": max(counts) - min(counts) if counts else 0,
         "controller": look.fleet.seat_worker or None,
         "is_frozen": look.fleet.is_frozen,
+        "frozen_why": look.fleet.frozen_why or None,
         "cordoned": sorted(look.fleet.cordoned),
         "drained": sorted(look.fleet.drained),
         "pins": {str(shard): worker for shard, worker in sorted(look.fleet.pins.items())},
@@ -159,6 +160,7 @@ def status_lines(look: Look) -> list[str]:
         if counts[0] == counts[-1]
         else f", {counts[0]} to {counts[-1]} each"
     )
+    why = f"{page['frozen_why']}: " if page["frozen_why"] else ""
     pins = ", ".join(f"{shard} to {worker}" for shard, worker in page["pins"].items())
     lines = [
         ("cluster", f"{look.cluster} at {', '.join(look.endpoints)}, revision {page['revision']}"),
@@ -172,7 +174,7 @@ def status_lines(look: Look) -> list[str]:
         ("controller", page["controller"] or "none"),
         ("generation", page["generation"] or ""),
         ("stopping", ", ".join(page["draining"])),
-        ("frozen", "no moves for evenness (`shardlead unfreeze`)" if page["is_frozen"] else ""),
+        ("frozen", f"{why}no moves for evenness (`shardlead unfreeze`)" if page["is_frozen"] else ""),
         ("cordoned", ", ".join(page["cordoned"])),
         ("drained", ", ".join(page["drained"])),
         ("pinned", pins),

@@ -137,7 +137,7 @@ def freeze(target: Target, reason: str, *, is_undone: bool = False) -> str:
                 return f"cluster {look.cluster!r} is not frozen"
             await _write(store, look, "", Delete(keyspace.freeze))
             return f"cluster {look.cluster!r} is no longer frozen"
-        await _write(store, look, "", Put(keyspace.freeze, encode(_wish(reason or "freeze"))))
+        await _write(store, look, "", Put(keyspace.freeze, encode(_wish(reason))))
         return f"cluster {look.cluster!r} is frozen: no moves for evenness until `shardlead unfreeze`"
 
     return _on(target, action)

@@ -23,6 +23,7 @@ class Fleet:
     cordoned: frozenset[str] = frozenset()
     drained: frozenset[str] = frozenset()  # by an operator's wish
     is_frozen: bool = False
+    frozen_why: str = ""  # what the operator wrote; "" if nothing
     pins: Mapping[int, str] = field(default_factory=dict)
     meta: Meta | None = None
     meta_revision: int = 0
@@ -56,6 +57,7 @@ def fleet_of(facts: Iterable[Fact]) -> Fleet:
     drained: set[str] = set()
     pins: dict[int, str] = {}
     is_frozen = False
+    frozen_why = ""
     meta: Meta | None = None
     meta_revision = tick = tick_revision = 0
     seat_worker = ""
@@ -74,6 +76,7 @@ def fleet_of(facts: Iterable[Fact]) -> Fleet:
                 drained.add(fact.place.worker)
             case "freeze":
                 is_frozen = True
+                frozen_why = fact.value.reason  # type: ignore[union-attr]  # a Wish, by RECORD_OF
             case "pin":
                 pins[fact.place.shard] = fact.value.worker  # type: ignore[union-attr]  # a Wish, by RECORD_OF
             case "meta":
@@ -90,6 +93,7 @@ def fleet_of(facts: Iterable[Fact]) -> Fleet:
         cordoned=frozenset(cordoned),
         drained=frozenset(drained),
         is_frozen=is_frozen,
+        frozen_why=frozen_why,
         pins=pins,
         meta=meta,
         meta_revision=meta_revision,
