@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from shardlead import log
+from shardlead import devfile, log
 from shardlead.cli.options import find_cluster
 from shardlead.clock import SystemClock
 from shardlead.core.fleet import Fleet, fleet_of
@@ -79,15 +79,16 @@ async def reaching(loaded: Loaded) -> AsyncIterator[Store]:
             reason = str(exc) or f"no answer in {PATIENCE_S:g} s"
             raise CommandError(
                 f"the store does not answer ({reason}); it was looked for at {', '.join(settings.endpoints)}"
-                + (
-                    ""
-                    if "store.endpoints" in loaded.explicit
-                    else ", the default, as no `shardlead dev` is running here"
-                )
+                + ("" if "store.endpoints" in loaded.explicit else f", the default, as {_why_default()}")
             ) from exc
         except StoreRejected as exc:
             raise CommandError(f"what answers at {', '.join(settings.endpoints)} is no etcd for us: {exc}") from exc
         yield store
+
+
+def _why_default() -> str:
+    """Why the default store was taken: `init` makes a cluster of one's own and never takes a dev cluster's store."""
+    return "--store names no other" if devfile.alive() else "no `shardlead dev` is running here"
 
 
 async def read_look(loaded: Loaded, store: Store, keyspace: Keyspace, *, has_orders: bool = True) -> Look:
