@@ -175,7 +175,7 @@ def walk(seed: int) -> set[type]:
 
 
 def fits(state: State, command: Command) -> bool:
-    """Whether the command is still what the state waits for; as worker.host asks before it reports an end."""
+    """Whether the command is still what the state waits for; as worker.objects asks before it reports an end."""
     match command:
         case Claim():
             return isinstance(state, Claiming)
