@@ -31,6 +31,7 @@ from shardlead.store.base import (
     TxnResult,
     Unknown,
     absent,
+    leased_by,
     modified_at,
 )
 
@@ -91,6 +92,13 @@ class Election:
                 return answers | dict.fromkeys(shards, Undecided(why))
             case _:
                 assert_never(outcome)
+
+    async def clear(self, shard: int, revision: int) -> bool:
+        """Delete a leader record without a lease: it is no session's, so nobody's right is touched (R1) and no lease's
+        end would ever take it away. Whether it is gone. Raises StoreError."""
+        key = self._keys.leader(shard)
+        guards = (*self._session.guards(), modified_at(key, revision), leased_by(key, 0))
+        return isinstance(await self._store.commit(Txn(guards, (Delete(key),))), Committed)
 
     def _brake(
         self, former: Mapping[int, tuple[History | None, int]]

@@ -198,6 +198,13 @@ class Claims:
             self._former_ttl_s[shard] = self._session.ttl_s
             self._host.feed(shard, ownership.Won(epoch, self._session.is_active, must_wait=not self._host.fenced))
 
+    async def clear(self, shard: int, revision: int) -> bool:
+        """Take away a leader record that names nobody and stands on nobody's lease; whether it is gone."""
+        is_gone = await self._election.clear(shard, revision)
+        if is_gone:
+            log.warning("unreadable leader record deleted, it stood on no lease", extra={"shard": shard})
+        return is_gone
+
     def former_wait_s(self, shard: int) -> float:
         """TTL + delta of the lease that the former tenure stood on."""
         ttl_s = self._former_ttl_s.get(shard, float(self._session.ttl_s))

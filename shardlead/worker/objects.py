@@ -15,7 +15,7 @@ from typing import Final
 
 from shardlead.config import WorkerSettings
 from shardlead.core import ownership
-from shardlead.errors import Fenced, LeadershipError, LeadershipLost
+from shardlead.errors import EpochRegressed, Fenced, LeadershipError, LeadershipLost
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.entry import Entry
 from shardlead.worker.leadership import Guard, Leadership
@@ -78,6 +78,9 @@ class Objects:
             event = ownership.Opened()
         except (Fenced, LeadershipLost) as exc:
             event = self._refused(entry, f"open() was refused: {exc}")
+        except EpochRegressed as exc:  # no defect of the application: it says itself what to do
+            log.error("open() met an epoch from the future", extra={"shard": shard, "reason": str(exc)})  # noqa: TRY400  # one line
+            event = ownership.Failed(str(exc))
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
             log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")

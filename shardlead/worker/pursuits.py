@@ -125,11 +125,15 @@ class Pursuits:
                     self._claims.claim_at(shard, now_ns)
                 case LedBy(leader, revision) if leader.sid == self._session.sid:
                     self._claims.adopt(shard, revision)
-                case LedBy(leader, revision):
+                case LedBy(leader, revision) if not leader.worker:
+                    self._by_shard[shard] = _Pursuit("", now_ns + int(FROZEN_PAUSE_S * NS_PER_S))
+                    if await self._claims.clear(shard, revision):
+                        self._claims.claim_at(shard, now_ns)
+                case LedBy(leader):
                     is_takeover = shard in takeovers and leader.worker == takeovers[shard]
                     if not is_takeover:
                         self._takeovers.pop(shard, None)
-                    if leader.worker and (is_takeover or shard in wanted):
+                    if is_takeover or shard in wanted:
                         ask[shard] = holder
                     else:
                         self._by_shard[shard] = _Pursuit(leader.worker, now_ns + int(FROZEN_PAUSE_S * NS_PER_S))

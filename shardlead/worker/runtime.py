@@ -376,9 +376,10 @@ class Worker:
         worker = self._settings.worker
         log.info("leaving", extra={"worker": self.name, "shards": len(self._host.led())})
         self._host.is_stopping = True
+        began_ns = self._clock.now_ns()
         if session.record is not None:
             await session.announce(replace(session.record, state="draining"))
-        steward.drain()
+        steward.drain((self._clock.now_ns() - began_ns) / NS_PER_S)
         is_idle = await self._wait_idle(worker.shutdown_timeout_s, until=work)
         if not is_idle:
             log.error("not everything could be handed over in time", extra={"worker": self.name})

@@ -39,7 +39,9 @@ from shardlead.worker.pursuits import Pursuits
 log = logging.getLogger("shardlead.steward")
 
 PAUSE_MIN_S: Final = 0.001
-RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants
+RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants, and longer where the store is slow
+RESIGN_AFTER_MAX_S: Final = 3.0
+WANT_TRIPS: Final = 4  # of a want: our record's event, a look at the leaders, the want, its event
 STILL_MINE_S: Final = 1.0
 
 
@@ -109,6 +111,7 @@ class Steward:
         self._beacon = Beacon(courier, view, (inbox.mirror, view.mirror), shards=shards, clock=clock, rng=rng)
         self._woken = asyncio.Event()
         self._draining_since_ns = 0
+        self._patience_s = RESIGN_AFTER_S
         self._is_loaded = False
         host.on_settled = self._settled
         session.on_change = self._session_changed
@@ -132,9 +135,12 @@ class Steward:
             for task in tasks:
                 task.cancel()
 
-    def drain(self) -> None:
-        """The worker stops: its record says `draining`; wants are met, what nobody wants is offered and resigned."""
+    def drain(self, store_s: float = 0.0) -> None:
+        """The worker stops: its record says `draining`; wants are met, what nobody wants is offered and resigned.
+
+        `store_s` is what one transaction takes now: a want comes after a few of them."""
         self._draining_since_ns = self._clock.now_ns()
+        self._patience_s = min(RESIGN_AFTER_MAX_S, RESIGN_AFTER_S + WANT_TRIPS * store_s)
         self._beacon.is_offering = False
         self._claims.drain()
         self._wake()
@@ -267,8 +273,8 @@ class Steward:
         """T8: what nobody wants after a while is given up, with an offer."""
         waited_s = (self._clock.now_ns() - self._draining_since_ns) / NS_PER_S
         fleet, me = self.view.fleet, self.session.name
-        if waited_s < RESIGN_AFTER_S and any(name != me and fleet.is_up(name) for name in fleet.members):
-            return RESIGN_AFTER_S - waited_s
+        if waited_s < self._patience_s and any(name != me and fleet.is_up(name) for name in fleet.members):
+            return self._patience_s - waited_s
         for shard, state in self._host.states():
             if ownership.epoch_led(state) or isinstance(state, ownership.Passing):
                 self._host.feed(shard, ownership.GivenUp("the worker stops"))

@@ -130,8 +130,9 @@ def test_a_planned_move_lets_the_running_request_end_first(on_each: Play) -> Non
     on_each(act)
 
 
-def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> None:
-    """By wants of the first in each order; nothing is ever without a leader."""
+def test_a_graceful_stop_hands_everything_to_the_successors(on_scene: Play) -> None:
+    """By wants of the first in each order; nothing is ever without a leader. (Where a store is so slow that no want
+    comes in time, shards are resigned with an offer instead: another test's truth.)"""
 
     async def act(scene: Scene) -> None:
         one, _ = await led_by_first(scene, "w1", "w2")
@@ -141,7 +142,7 @@ def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> No
         assert len(scene.said("close", "w1")) == len(FEW)
         assert scene.kv(scene.keys.worker("w1")) is None
 
-    on_each(act)
+    on_scene(act)
 
 
 def test_a_graceful_stop_without_assignments_offers_its_shards_around(on_scene: Play) -> None:
@@ -683,7 +684,8 @@ def test_a_want_that_the_assignment_names_no_more_is_withdrawn(on_scene: Play) -
 
 
 def test_garbage_in_the_inbox_and_among_the_leaders_stops_nobody(on_each: Play) -> None:
-    """Unreadable records, shards that do not exist, leaders that nobody can be: passed over."""
+    """Unreadable records, shards that do not exist, leaders that nobody can be: passed over; and what stands in a
+    leader's place without a lease, where no lease's end would ever delete it, gives way to a leader."""
 
     async def act(scene: Scene) -> None:
         one = await scene.start("w1")
@@ -703,6 +705,8 @@ def test_garbage_in_the_inbox_and_among_the_leaders_stops_nobody(on_each: Play) 
         )
         await scene.assign({4: ("w1",), 5: ("w1",), 6: ("w1",), SHARDS + 3: ("w1",)})
         await scene.until_serving("w1", 6)
+        await scene.until(lambda: (kv := scene.kv(scene.keys.leader(4))) is not None and kv.value != b"garbage")
+        await scene.until_serving("w1", 4)
         await scene.settle()
         assert scene.leader(SHARDS + 3) == ""
         assert [key for key in scene.under(scene.keys.inboxes) if key.startswith(scene.keys.inboxes + b"/")] == []
