@@ -88,10 +88,12 @@ async def main() -> None:
         facts.child = os.fork()
         if not facts.child:
             signal.pause()
-    if plan.orphan and not os.fork():
-        if not os.fork():
+    if plan.orphan:
+        between = os.fork()
+        if not between:
+            os.fork()  # the grandchild; it ends at once, too
             os._exit(0)
-        os._exit(0)
+        os.waitpid(between, 0)  # from here on the grandchild is PID 1's, so the facts tell of an orphan that is there
     say(asdict(facts))
     match plan.end:
         case "exit":
