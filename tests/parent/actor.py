@@ -93,7 +93,7 @@ async def main() -> None:
         if not between:
             os.fork()  # the grandchild; it ends at once, too
             os._exit(0)
-        os.waitpid(between, 0)  # from here on the grandchild is PID 1's, so the facts tell of an orphan that is there
+        os.waitpid(between, 0)  # noqa: ASYNC222  # at once; from here on the grandchild is PID 1's, before we say facts
     say(asdict(facts))
     match plan.end:
         case "exit":
