@@ -19,7 +19,7 @@ FLOORS: Final = (
     {"store"},
     {"loading"},
     {"config"},
-    {"core", "metrics", "log", "devfile"},
+    {"core", "metrics", "log", "devfile", "virtual"},
     {"errors", "clock"},
     {"parent", "watchdog"},
 )
