@@ -6,6 +6,8 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
+from tests.support import fuzz
+
 # A busy machine is no failure, so examples have no deadline; what counts under CI is the same examples every time.
 hypothesis.settings.register_profile(
     "shardlead",
@@ -20,6 +22,11 @@ hypothesis.settings.load_profile("shardlead")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests marked long, and long lists in full")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--long"):
+        fuzz.go_long()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

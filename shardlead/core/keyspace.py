@@ -85,6 +85,11 @@ def decode(kind: type[R], key: bytes, value: bytes) -> R:
     known = _field_names(kind)
     extra = {name: item for name, item in raw.items() if name not in known}
     own = {name: item for name, item in raw.items() if name in known}
+    if extra:
+        try:
+            orjson.dumps(extra)
+        except TypeError as exc:  # it reads deeper nests than it writes, and a rewrite must lose nothing
+            raise KeyspaceError(key, f"has unknown fields that could not be kept: {exc}") from exc
     try:
         record = msgspec.convert({**own, "extra": extra}, kind, strict=True)
     except msgspec.ValidationError as exc:

@@ -6,7 +6,9 @@ a newer build's record loses nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
 
 PROTOCOL: Final = 1
 SHARDS_MAX: Final = 32_768  # 16 slots each, two bytes a slot: the table still fits one etcd request (1 MiB of 1.5)
@@ -42,14 +44,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Meta(Record):
-    """What the cluster is; written once. `generation` alone changes, by `shardlead generation raise`."""
+    """What the cluster is; written once. `generation` alone changes, by `shardlead generation raise`.
+
+    The bounds hold for what is read: a planner would count through any number of shards."""
 
     cluster: str
-    shards: int
+    shards: Annotated[int, msgspec.Meta(ge=1, le=SHARDS_MAX)]
     slot_count: int
     seed: int
     ring_crc: int
-    generation: int = 0
+    generation: Annotated[int, msgspec.Meta(ge=0, le=GENERATION_MAX)] = 0
     protocol: int = PROTOCOL
     hash_tags: bool = False
 

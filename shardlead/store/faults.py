@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from shardlead.store.jsonfields import int_of, parse, text_of
+from shardlead.store.jsonfields import int_of, parse, shown, text_of
 
 # gRPC status codes that decide something here
 _INVALID_ARGUMENT: Final = 3
@@ -92,7 +92,7 @@ _SIGNS_OF_A_BAD_TOKEN: Final = (
 def fault_in(raw: Any, status: int = 0) -> Fault:
     """The fault under an answer's `error`; `status` is HTTP's, if it has one of its own."""
     if not isinstance(raw, dict):
-        return Fault(2, str(raw)[:200])
+        return Fault(2, raw[:200] if isinstance(raw, str) else shown(raw))
     code = int_of(raw, "grpc_code") or int_of(raw, "code")
     message = text_of(raw, "message") or (text_of(raw, "error") if isinstance(raw.get("error"), str) else "")
     if not code and not message:

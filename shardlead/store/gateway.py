@@ -34,7 +34,7 @@ from shardlead.store.base import (
     WatchBatch,
 )
 from shardlead.store.faults import Fault, fault_in
-from shardlead.store.jsonfields import as_bytes, as_object, bool_of, bytes_of, int_of, list_of, parse, text_of
+from shardlead.store.jsonfields import as_bytes, as_object, bool_of, bytes_of, int_of, list_of, parse, shown, text_of
 
 RANGE: Final = "/v3/kv/range"
 TXN: Final = "/v3/kv/txn"
@@ -45,6 +45,8 @@ LEASE_KEYS: Final = "/v3/lease/timetolive"
 WATCH: Final = "/v3/watch"
 STATUS: Final = "/v3/maintenance/status"
 AUTHENTICATE: Final = "/v3/auth/authenticate"
+
+NESTING_MAX: Final = 32  # transactions within transactions, as `store.requests` takes them; ours are two deep
 
 HEADERS: Final[Mapping[str, str]] = {"Content-Type": "application/json"}
 # an isolated member then ends the watch by itself, after 3 s instead of never
@@ -177,9 +179,13 @@ def header_of(raw: Mapping[str, Any]) -> Header:
 
 
 def range_result(raw: Mapping[str, Any], revision: int = 0) -> RangeResult:
-    """`revision` stands in where a nested answer's header has none."""
+    """`revision` stands in where a nested answer's header has none. Raises ValueError, for a page besides that is
+    empty and has more behind it: whoever reads on from its last key could not."""
     kvs = tuple(_key_value(as_object(item)) for item in list_of(raw, "kvs"))
-    return RangeResult(header_of(raw).revision or revision, kvs, int_of(raw, "count"), bool_of(raw, "more"))
+    has_more = bool_of(raw, "more")
+    if has_more and not kvs:
+        raise ValueError("an empty page with more behind it")
+    return RangeResult(header_of(raw).revision or revision, kvs, int_of(raw, "count"), has_more)
 
 
 def txn_outcome(raw: Mapping[str, Any]) -> Committed | Conflict:
@@ -191,7 +197,7 @@ def txn_outcome(raw: Mapping[str, Any]) -> Committed | Conflict:
 def grant_result(raw: Mapping[str, Any]) -> Grant:
     grant = Grant(int_of(raw, "ID"), int_of(raw, "TTL"))
     if grant.lease <= 0 or grant.ttl_s <= 0:
-        raise ValueError(f"a grant without an id or a TTL: {raw}")
+        raise ValueError(f"a grant without an id or a TTL: {shown(raw)}")
     return grant
 
 
@@ -220,11 +226,13 @@ def version_of(raw: Mapping[str, Any]) -> str:
     return text_of(raw, "version")
 
 
-def _results(raw: Mapping[str, Any], revision: int) -> tuple[OpResult, ...]:
-    return tuple(_result(as_object(item), revision) for item in list_of(raw, "responses"))
+def _results(raw: Mapping[str, Any], revision: int, depth: int = 0) -> tuple[OpResult, ...]:
+    if depth > NESTING_MAX:
+        raise ValueError(f"answers nested deeper than {NESTING_MAX}")
+    return tuple(_result(as_object(item), revision, depth) for item in list_of(raw, "responses"))
 
 
-def _result(raw: Mapping[str, Any], revision: int) -> OpResult:
+def _result(raw: Mapping[str, Any], revision: int, depth: int) -> OpResult:
     for name, item in raw.items():
         answer = as_object(item)
         own = header_of(answer).revision or revision
@@ -236,10 +244,10 @@ def _result(raw: Mapping[str, Any], revision: int) -> OpResult:
             case "response_delete_range":
                 return DeleteResult(own, int_of(answer, "deleted"))
             case "response_txn":  # its header is empty on 3.4 and 3.5
-                return TxnResult(own, bool_of(answer, "succeeded"), _results(answer, revision))
+                return TxnResult(own, bool_of(answer, "succeeded"), _results(answer, revision, depth + 1))
             case _:
                 pass
-    raise ValueError(f"not an answer to an operation: {raw}")
+    raise ValueError(f"not an answer to an operation: {shown(raw)}")
 
 
 def _key_value(raw: Mapping[str, Any]) -> KeyValue:
@@ -289,7 +297,7 @@ def _event(raw: Mapping[str, Any]) -> Event:
         case "DELETE":
             return Event(is_delete=True, kv=kv)
         case other:
-            raise ValueError(f"not a kind of event: {other!r}")
+            raise ValueError(f"not a kind of event: {shown(other)}")
 
 
 def stream_item(line: bytes) -> "dict[str, Any] | Fault":

@@ -6,9 +6,14 @@ is never guessed. It blocks for the time of an fsync, once in a million revision
 
 import fcntl
 import os
+import re
 from pathlib import Path
+from typing import Final
 
 from shardlead.errors import CommandError
+
+REVISION_END: Final = 1 << 48  # an epoch has 48 bits for the revision
+_REVISION: Final = re.compile(r"[0-9]{1,15}")
 
 
 class RevisionMark:
@@ -37,15 +42,16 @@ class RevisionMark:
 
     def _read(self) -> int:
         try:
-            text = self._path.read_text("ascii")
+            text = self._path.read_text("ascii").strip()
         except FileNotFoundError:
             return 1
         except (OSError, UnicodeDecodeError) as exc:
             raise CommandError(f"{self._path} cannot be read: {exc}") from exc
-        if not text.strip().isdecimal():
+        revision = int(text) if _REVISION.fullmatch(text) else 0
+        if not 0 < revision < REVISION_END:
             # guessing here could hand out an epoch a second time
             raise CommandError(f"{self._path} is damaged: write a number above every revision used so far into it")
-        return int(text)
+        return revision
 
     def reserve(self, revision: int) -> None:
         """Make `revision` and all below it safe to use. Raises OSError; then nothing was reserved."""

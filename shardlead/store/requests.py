@@ -7,6 +7,7 @@ bytes in base64. An option that the embedded store does not have is refused (cod
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
@@ -20,6 +21,7 @@ Json = dict[str, Any]
 
 INVALID_ARGUMENT: Final = 3
 UNIMPLEMENTED: Final = 12
+_NUMBER: Final = re.compile(r"-?[0-9]{1,20}")
 NESTING_MAX: Final = 32  # transactions within transactions; etcd would stop at its 128 operations
 
 
@@ -31,7 +33,7 @@ def parse_object(body: bytes) -> Json:
         raw = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
         raise StoreRejected(INVALID_ARGUMENT, f"invalid JSON: {exc}") from exc
-    return _object(raw)
+    return {} if raw is None else _object(raw)
 
 
 def parse_range(raw: Json) -> Range:
@@ -187,6 +189,8 @@ def _bytes(value: object) -> bytes:
 def _integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise TypeError("an integer, or its text, is wanted")
+    if isinstance(value, str) and _NUMBER.fullmatch(value) is None:
+        raise ValueError("an integer in plain digits is wanted")
     number = int(value)
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError("does not fit 64 bits")
@@ -204,7 +208,7 @@ def _name(value: object, names: Sequence[str]) -> str:
         return names[value]
     if isinstance(value, str) and value in names:
         return value
-    raise ValueError(f"unknown value {value!r}")
+    raise ValueError("unknown value")
 
 
 def _object(value: object) -> Json:
