@@ -5,7 +5,7 @@ Law: protocol.md A.2. Foreign or damaged records are logged once and passed over
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -56,14 +56,16 @@ class Facts:
 
 
 class Inbox:
-    """The worker's own records, kept current: assignments, offers, wants, eviction."""
+    """The worker's own records, kept current: assignments, offers, wants, eviction.
+
+    `on_change` is told the shards whose orders are new."""
 
     def __init__(
         self,
         store: Store,
         keyspace: Keyspace,
         me: str,
-        on_change: Callable[[], None],
+        on_change: Callable[[Collection[int]], None],
         *,
         clock: Clock,
         rng: random.Random,
@@ -81,11 +83,12 @@ class Inbox:
     def _apply(self, change: Change) -> None:
         for kv in change.deletes:
             self._forget(kv.key)
+        ordered: list[int] = []
         for kv in change.puts:
-            self._put(kv)
-        self._on_change()
+            self._put(kv, ordered)
+        self._on_change(ordered)
 
-    def _put(self, kv: KeyValue) -> None:
+    def _put(self, kv: KeyValue, ordered: list[int]) -> None:
         fact = self._facts.read(kv)
         if fact is None:
             self._forget(kv.key)
@@ -94,6 +97,7 @@ class Inbox:
         match fact.value:
             case Assignment() as assignment:
                 self.orders[shard] = Order(assignment, kv.mod_revision)
+                ordered.append(shard)
             case Offer() as offer:
                 self.offers[shard] = Letter(offer, kv)
             case Want() as want:

@@ -45,6 +45,22 @@ def claims_after_end(ended: str, orders: Mapping[int, Order], fleet: Fleet, me: 
     return ranks
 
 
+def claims_after_news(orders: Mapping[int, Order], fleet: Fleet, fleet_revision: int, me: str) -> dict[int, int]:
+    """Orders that this worker has read only after the end of a session that they name: shard -> its rank, as if the
+    end came now. The two watches keep no order between them, so the end may have been told first.
+
+    An order that is newer than what is known of the fleet (`fleet_revision`) says nothing: it may name somebody who
+    has only just come.
+    """
+    ranks: dict[int, int] = {}
+    for shard, order in orders.items():
+        if order.mod_revision <= fleet_revision:
+            for ended in order.names:
+                if ended not in fleet.members:
+                    ranks.update(claims_after_end(ended, {shard: order}, fleet, me))
+    return ranks
+
+
 def takeovers(leaving: str, orders: Mapping[int, Order], fleet: Fleet, me: str) -> tuple[int, ...]:
     """`leaving` is stopping: the shards of its orders for which this worker is the first eligible one, and so wants
     them if `leaving` leads them."""

@@ -8,6 +8,7 @@ and only while the session is active. For the host, it is the envoy to the store
 import asyncio
 import logging
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
@@ -113,6 +114,7 @@ class Steward:
         self._draining_since_ns = 0
         self._patience_s = RESIGN_AFTER_S
         self._is_loaded = False
+        self._unread: set[int] = set()  # shards whose orders have not been held against the fleet yet
         host.on_settled = self._settled
         session.on_change = self._session_changed
         session.confirm = self._proofs.confirm
@@ -161,10 +163,28 @@ class Steward:
     def _wake(self) -> None:
         self._woken.set()
 
-    def _inbox_changed(self) -> None:
+    def _inbox_changed(self, ordered: Collection[int]) -> None:
         eviction = self.inbox.eviction
         if eviction is not None and eviction.record.sid == self.session.sid:
             self.session.lose(f"evicted by {eviction.record.by}: {eviction.record.reason}")
+        self._unread.update(ordered)
+        self._read_orders()
+        self._wake()
+
+    def _read_orders(self) -> None:
+        """Hold new orders against the fleet: what they are for may have happened before they were read."""
+        if not self._unread or not self.view.mirror.is_loaded:
+            return
+        fleet, me = self.view.fleet, self.session.name
+        orders = {shard: order for shard in sorted(self._unread) if (order := self.inbox.orders.get(shard)) is not None}
+        for name, member in fleet.members.items():
+            if member.record.state != "up" and name != me:
+                self._pursuits.take_over(duties.takeovers(name, orders, fleet, me), name)
+        since = self.session.create_revision  # what was ordered before is nobody's news; `own_orders` are tried once
+        known = self.view.mirror.revision
+        news = {shard: order for shard, order in orders.items() if order.mod_revision > since}
+        self._claims.after_end(duties.claims_after_news(news, fleet, known, me))
+        self._unread = {shard for shard, order in news.items() if order.mod_revision > known}
         self._wake()
 
     def _settled(self, shard: int) -> None:
@@ -182,6 +202,7 @@ class Steward:
             self.session.lose("the cluster's meta has changed")
             return
         self._beacon.note(fleet)
+        self._read_orders()
         for name in change.ended:
             if name != me:
                 self._claims.after_end(duties.claims_after_end(name, self.inbox.orders, fleet, me))
@@ -200,6 +221,7 @@ class Steward:
         now_ns = self._clock.now_ns()
         for shard in duties.own_orders(self.inbox.orders, self.session.name):
             self._claims.claim_at(shard, now_ns)
+        self._read_orders()
         while not self.session.is_lost:
             self._woken.clear()
             await asyncio.sleep(0)  # what else is ready goes first: a look never starves the work

@@ -66,6 +66,16 @@ def test_who_is_eligible(there: Fleet, expected: tuple[str, ...]) -> None:
     assert there.eligible(["a", "b", "c"]) == expected
 
 
+def test_an_order_that_is_read_after_the_end_it_was_made_for_counts_as_if_the_end_came_now() -> None:
+    """a is dead, and the order that names it comes only now; one that is newer than the fleet we know says nothing:
+    its a may be somebody who has only just come."""
+    living = fleet("b", "c", "d")
+    assert duties.claims_after_news({7: order("a", "b", "c", revision=50)}, living, 50, "b") == {7: 0}
+    assert duties.claims_after_news({7: order("a", "b", "c", revision=50)}, living, 50, "c") == {7: 1}
+    assert duties.claims_after_news({7: order("a", "b", "c", revision=51)}, living, 50, "b") == {}
+    assert duties.claims_after_news({7: order("b", "c", "d", revision=50)}, living, 50, "c") == {}
+
+
 def test_a_stopping_workers_shards_are_wanted_by_its_first_successors() -> None:
     """Exactly one worker wants each."""
     there = fleet("b", "c", "d", leaving=["a"])

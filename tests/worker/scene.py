@@ -14,6 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from shardlead.config import ClusterSettings, LeaseSettings, Settings, StoreSettings, WorkerSettings
+from shardlead.core.duties import Order
 from shardlead.core.fleet import Fleet
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Assignment, LeaderRecord, Record
@@ -21,9 +22,9 @@ from shardlead.errors import LeaseGone
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import UNGUARDED, Committed, Delete, KeyValue, Op, Put, Txn, prefix_end
 from shardlead.store.etcd import EtcdStore
-from shardlead.store.gateway import TXN
+from shardlead.store.gateway import TXN, b64
 from shardlead.store.mirror import Mirror
-from shardlead.store.transport import Answer, Channel, HttpTransport, TransportError
+from shardlead.store.transport import Answer, Channel, HttpTransport, Stream, TransportError
 from shardlead.worker.application import Application
 from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
@@ -78,6 +79,7 @@ class Fickle(HttpTransport):
     def __init__(self, settings: StoreSettings, rng: random.Random) -> None:
         super().__init__(settings)
         self.loss = 0.0  # share of the transactions that are lost, one way or the other
+        self.held_back: dict[bytes, asyncio.Event] = {}  # watches that begin at this key tell nothing until it is set
         self._rng = rng
         self._late: set[asyncio.Task[Answer]] = set()
 
@@ -95,6 +97,15 @@ class Fickle(HttpTransport):
             task.add_done_callback(self._late.discard)
         raise TransportError(f"the test's own fault: {fate}", is_sent=True)
 
+    async def stream(
+        self, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Stream:
+        stream = await super().stream(endpoint, path, body, headers, timeout_s)
+        for key, released in self.held_back.items():
+            if b64(key) in body.decode():
+                return _HeldBack(stream, released)
+        return stream
+
     async def _send_late(self, *request: Any) -> Answer:
         await asyncio.sleep(self._rng.uniform(0.0, 0.1))
         return await super().post(*request)
@@ -102,6 +113,26 @@ class Fickle(HttpTransport):
     async def close(self) -> None:
         await asyncio.gather(*self._late, return_exceptions=True)
         await super().close()
+
+
+class _HeldBack:
+    """A watch whose first message comes, and the others only when a test lets them."""
+
+    def __init__(self, inner: Stream, released: asyncio.Event) -> None:
+        self._inner = inner
+        self._released = released
+        self._has_begun = False
+        self.status = inner.status
+
+    async def read(self) -> bytes:
+        data = await self._inner.read()
+        if self._has_begun:
+            await self._released.wait()
+        self._has_begun = True
+        return data
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class Recorder:
@@ -175,6 +206,17 @@ class Player:
         """What this worker knows of the fleet."""
         assert isinstance(self.host.envoy, Steward)
         return self.host.envoy.view.fleet
+
+    @property
+    def orders(self) -> Mapping[int, Order]:
+        """What this worker has read of its assignments."""
+        assert isinstance(self.host.envoy, Steward)
+        return self.host.envoy.inbox.orders
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the watch of its inbox stands."""
+        return isinstance(self.host.envoy, Steward) and self.host.envoy.inbox.mirror.is_connected
 
     def epoch(self, shard: int) -> int:
         return self.worker.led.get(shard, 0)
@@ -358,9 +400,17 @@ class Scene:
         )
         return Player(self, worker, store, transport, script, clock, exits)
 
-    async def start(self, name: str, script: Script | None = None, **settings: Any) -> Player:
+    async def start(
+        self,
+        name: str,
+        script: Script | None = None,
+        *,
+        held_back: Mapping[bytes, asyncio.Event] | None = None,
+        **settings: Any,
+    ) -> Player:
         """A worker that is up."""
         player = self.player(name, script, **settings)
+        player.transport.held_back.update(held_back or {})
         entered = asyncio.Event()
 
         async def live() -> bool:

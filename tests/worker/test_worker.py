@@ -130,9 +130,8 @@ def test_a_planned_move_lets_the_running_request_end_first(on_each: Play) -> Non
     on_each(act)
 
 
-def test_a_graceful_stop_hands_everything_to_the_successors(on_scene: Play) -> None:
-    """By wants of the first in each order; nothing is ever without a leader. (Where a store is so slow that no want
-    comes in time, shards are resigned with an offer instead: another test's truth.)"""
+def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> None:
+    """By wants of the first in each order; nothing is ever without a leader."""
 
     async def act(scene: Scene) -> None:
         one, _ = await led_by_first(scene, "w1", "w2")
@@ -140,7 +139,46 @@ def test_a_graceful_stop_hands_everything_to_the_successors(on_scene: Play) -> N
         await scene.until_serving("w2", *FEW)
         assert {kv.version for kv in scene.changes if kv.key == scene.keys.leader(0)} == {1, 2}
         assert len(scene.said("close", "w1")) == len(FEW)
-        assert scene.kv(scene.keys.worker("w1")) is None
+        await scene.until(lambda: scene.kv(scene.keys.worker("w1")) is None)
+
+    on_each(act)
+
+
+def test_an_order_that_is_read_after_its_leader_has_begun_to_stop_is_acted_on(on_scene: Play) -> None:
+    """Inbox and fleet are two watches without a common order: the successor's inbox may be the later one."""
+
+    async def act(scene: Scene) -> None:
+        released = asyncio.Event()
+        one = await scene.start("w1")
+        two = await scene.start("w2", held_back={scene.keys.inbox("w2"): released})
+        await scene.until(lambda: two.is_listening)
+        await scene.assign(orders("w1", "w2"))
+        await scene.until_serving("w1", *FEW)
+        one.worker.stop()
+        await scene.until(lambda: two.fleet.members["w1"].record.state == "draining")
+        assert two.orders == {}
+        released.set()
+        await scene.until_serving("w2", *FEW)
+        assert {kv.version for kv in scene.changes if kv.key == scene.keys.leader(0)} == {1, 2}
+
+    on_scene(act)
+
+
+def test_an_order_that_is_read_after_its_leaders_death_is_acted_on(on_scene: Play) -> None:
+    """The same for an end: its successor need not wait for a controller, or for the shard to be found orphaned."""
+
+    async def act(scene: Scene) -> None:
+        released = asyncio.Event()
+        one = await scene.start("w1")
+        two = await scene.start("w2", held_back={scene.keys.inbox("w2"): released})
+        await scene.until(lambda: two.is_listening)
+        await scene.assign(orders("w1", "w2"))
+        await scene.until_serving("w1", *FEW)
+        await one.kill()
+        await scene.until(lambda: "w1" not in two.fleet.members)
+        assert two.orders == {}
+        released.set()
+        await scene.until_serving("w2", *FEW, within_s=1.0)
 
     on_scene(act)
 
