@@ -7,7 +7,8 @@
         await cluster.wait_led(timeout_s=2)
 
 Nothing in it is simulated: a store, workers with their parents, routers, each a process on free loopback ports. With
-pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`.
+pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`. For the opposite, many machines
+in one thread with a virtual clock and a simulated network, there is `VirtualLoop` (see `shardlead.virtual`).
 
 Law: whatever happens, leaving the block ends every process (see `processes`). Every wait is bounded; one that fails
 shows what the processes said last.
@@ -48,6 +49,7 @@ from shardlead.processes import (
     stream_events,
     wait_etcd,
 )
+from shardlead.virtual import Machine, MachineClock, Network, Stuck, VirtualLoop
 
 READY_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 20.0
@@ -471,4 +473,14 @@ def _fixture() -> object:
 
 shardlead_cluster = _fixture()
 
-__all__: Sequence[str] = ("Event", "EventLog", "LocalCluster", "shardlead_cluster")
+__all__: Sequence[str] = (
+    "Event",
+    "EventLog",
+    "LocalCluster",
+    "Machine",
+    "MachineClock",
+    "Network",
+    "Stuck",
+    "VirtualLoop",
+    "shardlead_cluster",
+)

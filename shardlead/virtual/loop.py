@@ -178,10 +178,17 @@ class Machine:
         if self.is_crashed:
             return
         self.is_crashed = True
-        self.ready.clear()
-        self._overdue.clear()
         for tell in tuple(self.on_crash):
             tell(with_machine)
+
+    def revive(self) -> None:
+        """See `VirtualLoop.abandon`."""
+        self.is_crashed = False
+        self._pauses = 0
+        if self._frozen:
+            self._frozen = 1
+            self.thaw()
+        self._wake()
 
     def _wake(self) -> None:
         if not self.runs:
@@ -231,10 +238,11 @@ class MachineClock:
         return WALL_AT_BOOT_S + self._machine.now_ns() / NS_PER_S + self.wall_ahead_s
 
 
-class VirtualLoop(asyncio.AbstractEventLoop):
-    """See the module. What asyncio offers and is not here raises NotImplementedError."""
+class VirtualLoop(asyncio.BaseEventLoop):
+    """See the module. What asyncio offers and is not here (signals, subprocesses, TLS, datagrams) cannot be used."""
 
     def __init__(self, seed: int = 0) -> None:
+        super().__init__()
         self.rng = random.Random(seed)
         self.errors: list[dict[str, Any]] = []  # what nobody has handled
         self.steps = 0
@@ -274,6 +282,23 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         machine.on_crash.append(lambda with_machine: self.network.crashed(machine, with_machine=with_machine))
         return machine
 
+    def abandon(self, timeout_s: float = 120.0) -> None:
+        """End a run: cancel every task, those of paused, frozen and crashed machines too, let them come to their end,
+        and close the loop. What the machines do meanwhile means nothing."""
+        self.on_step = None
+        for machine in self._machines:
+            machine.revive()
+        tasks = sorted(asyncio.all_tasks(self), key=hash)
+
+        async def end() -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+        if tasks:
+            self.run_until_complete(end())
+        self.close()
+
     # --- callbacks
 
     def call_soon(  # type: ignore[override]
@@ -281,9 +306,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Handle:
         machine = self.current if context is None else context.get(_MACHINE, self.observer)
         step = _Step(machine, 0, callback, args, self, context)
-        if not machine.is_crashed:
-            machine.ready.append(step)
-            self.note_ready(machine)
+        machine.ready.append(step)  # of a crashed machine, too, for `abandon`
+        self.note_ready(machine)
         return step
 
     def call_soon_threadsafe(  # type: ignore[override]
@@ -449,7 +473,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Listens at the machine's own address, whatever `host` says."""
         return self.network.listen(self.current, protocol_factory, port or 0, options.get("start_serving", True))
 
-    async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:  # noqa: ARG002, E501
+    async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:  # noqa: ARG002
         return await self.network.connect(self.current, protocol_factory, str(host), int(port))
 
     # --- errors and debugging

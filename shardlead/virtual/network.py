@@ -93,6 +93,8 @@ class Side(asyncio.Transport):
         self.peer: Side  # set by the network
         self.protocol: _Reading
         self.is_lost = False  # nothing more comes or goes here
+        self._is_begun = False
+        self._lost_early: Exception | None = None
         self._network = network
         self._is_closing = False
         self._has_sent_eof = False
@@ -224,11 +226,19 @@ class Side(asyncio.Transport):
     # --- on this machine
 
     def begin(self, protocol: Any) -> None:
+        """What has come meanwhile is read after what `connection_made` has begun, as on every loop."""
         self.protocol = protocol
         protocol.connection_made(self)
+        self.machine.call_soon(self._begun)
+
+    def _begun(self) -> None:
+        self._is_begun = True
+        if self._lost_early is not None:
+            self.lose(self._lost_early)
+        self.read_on()
 
     def read_on(self) -> None:
-        while self.inbound and self._is_reading and not self._is_closing and not self.is_lost:
+        while self._is_begun and self.inbound and self._is_reading and not self._is_closing and not self.is_lost:
             item = self.inbound.popleft()
             if item is None:
                 self._has_eof = True
@@ -250,6 +260,9 @@ class Side(asyncio.Transport):
 
     def lose(self, exc: Exception | None) -> None:
         if self.is_lost:
+            return
+        if not self._is_begun:
+            self._lost_early = exc or ConnectionResetError("closed")
             return
         self.is_lost = self._is_closing = True
         self.inbound.clear()
@@ -400,4 +413,3 @@ class Network:
 
 def _accept(side: Side, factory: Callable[[], Any]) -> None:
     side.begin(factory())
-    side.read_on()
