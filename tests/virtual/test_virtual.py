@@ -174,6 +174,7 @@ def test_a_killed_process_resets_its_connections_and_a_lost_machine_says_nothing
             await client.spawn(reader.readexactly(1))
         assert loop.time() - began_s <= waits_s
         assert (loop.time() - began_s > 10) == with_machine
+        writer.close()
         with pytest.raises((ConnectionError, TimeoutError)):
             await client.spawn(asyncio.open_connection(server.address, 80))
 
