@@ -103,6 +103,7 @@ class Machine:
         self._pauses = 0
         self._frozen = 0
         self.ready: deque[_Step] = deque()
+        self._spawned: dict[asyncio.Task[Any], None] = {}
         self._overdue: list[_Step] = []  # fell due while it was paused or frozen
 
     def __repr__(self) -> str:
@@ -135,8 +136,11 @@ class Machine:
         return bool(self._pauses or self._frozen) and not self.is_crashed
 
     def spawn(self, coro: Coroutine[Any, Any, T], name: str = "") -> "asyncio.Task[T]":
-        """A task on this machine."""
-        return self._loop.create_task(coro, name=name or None, context=self.context.copy())
+        """A task on this machine, which is kept until it is done."""
+        task = self._loop.create_task(coro, name=name or None, context=self.context.copy())
+        self._spawned[task] = None
+        task.add_done_callback(lambda done: self._spawned.pop(done, None))
+        return task
 
     def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts) -> asyncio.Handle:
         """Run it here after what is ready."""
