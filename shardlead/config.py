@@ -31,7 +31,7 @@ class Rule:
 def split_address(address: str) -> tuple[str, int] | None:
     """Host and port of "host:port" or "[v6]:port"; None if it is not one."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65_535:
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or not 0 < int(port) <= 65_535:
         return None
     if host.startswith("[") and host.endswith("]"):
         return (host[1:-1], int(port)) if ":" in host else None

@@ -40,6 +40,7 @@ log = logging.getLogger("shardlead.router")
 
 SWEEP_S: Final = 0.05  # how exactly waiting requests are woken by time; news of leaders wakes them at once
 DRAIN_SLACK_S: Final = 1.0
+DRAIN_MAX_S: Final = 86_400.0  # as in the settings; a worker's record may say anything
 
 _NOT_READY: Final = Answer(Problem.NOT_READY, 503, "this router has no picture of the cluster yet", 1)
 _TOO_MANY: Final = Answer(Problem.OVERLOADED, 503, "too many requests wait for this shard's leader", 1)
@@ -264,7 +265,7 @@ class Dispatch:
         if leader is not None:
             member = self._view.map.workers.get(leader.worker)
             if member is not None:
-                hold_s = max(hold_s, member.record.drain_timeout_s + DRAIN_SLACK_S)
+                hold_s = max(hold_s, min(member.record.drain_timeout_s, DRAIN_MAX_S) + DRAIN_SLACK_S)
         return int(hold_s * NS_PER_S)
 
     # --- holding
@@ -444,6 +445,6 @@ def _harmless_why(exchange: Exchange) -> str:
 def _read_hint(text: bytes) -> Leader | None:
     """The leader that a worker names: `<worker> <address> <epoch>`."""
     parts = text.decode("latin-1").split(" ")
-    if len(parts) != 3 or not parts[1] or not (parts[2].isascii() and parts[2].isdigit()):
+    if len(parts) != 3 or not parts[1] or not (parts[2].isascii() and parts[2].isdigit()) or len(parts[2]) > 16:
         return None
     return Leader(parts[0], "", int(parts[2]), parts[1], 0)

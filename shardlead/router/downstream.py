@@ -169,7 +169,7 @@ class Downstream(asyncio.Protocol):
         if is_last or self._transport is None:
             self._linger(is_read_out=exchange.body.is_whole)
             return
-        if self._intake.rest is not None:
+        if self._intake.rest is not None and not self._intake.came:  # else it was not this one that asked for it
             self._intake.stay_http()
         self._advance()
 

@@ -73,6 +73,7 @@ _RESERVED: Final = contract.RESERVED_PREFIX.encode()
 _NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
+_LENGTH_DIGITS_MAX: Final = 20  # of 64 bits; leading zeros count, for Python converts no more than 4,300 digits
 
 
 class Kinds:
@@ -169,7 +170,7 @@ def read_request(
         elif kind == CONNECTION:
             options += [option.strip().lower() for option in value.split(b",")]
         elif kind == CONTENT_LENGTH:
-            if length >= 0 or not value.isdigit():
+            if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.BAD_REQUEST, "Content-Length is not one number")
             length = int(value)
         elif kind == TRANSFER_ENCODING:
@@ -293,7 +294,7 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
         elif kind == DROP:
             pass
         elif kind == CONTENT_LENGTH:
-            if length >= 0 or not value.isdigit():
+            if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Content-Length is not one number")
             length = int(value)
         elif kind == TRANSFER_ENCODING:

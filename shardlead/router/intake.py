@@ -51,6 +51,7 @@ class Intake:
     """Feed it; it appends to `came`. `error`: nothing more can be read, for this reason."""
 
     __slots__ = (
+        "_bare_bytes",
         "_client",
         "_fields",
         "_filling",
@@ -61,6 +62,7 @@ class Intake:
         "_head_pieces",
         "_packet_bytes",
         "_parser",
+        "_refusal",
         "_reparse",
         "_url",
         "came",
@@ -86,8 +88,10 @@ class Intake:
         self._fields: list[tuple[bytes, bytes]] = []
         self._filling: Exchange | None = None  # the exchange whose body is being parsed
         self._reparse: bytes | None = None
+        self._refusal: RequestError | None = None  # why the parser was stopped from within
         self._has_parsed_head = False
         self._packet_bytes = 0
+        self._bare_bytes = 0  # that have come of a body since the last byte of its content: chunk sizes, trailers
         self._head_bytes = 0  # at most so many have come of an unfinished head
         self._head_pieces: list[bytes] = []
 
@@ -99,6 +103,8 @@ class Intake:
             self.rest += data
             return
         self._packet_bytes = len(data)
+        if self._filling is not None:
+            self._bare_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -109,6 +115,9 @@ class Intake:
             if self._head_pieces:
                 self._head_bytes = 0
                 self._head_pieces.clear()
+            if self._filling is not None and self._bare_bytes > self._front.settings.head_bytes_max:
+                limit = self._front.settings.head_bytes_max
+                self._fail_after(RequestError(Problem.TOO_LARGE, f"over {limit} bytes between chunks", status=431))
         elif not self.is_deaf:
             self._head_bytes += len(data)
             self._head_pieces.append(data)
@@ -155,8 +164,16 @@ class Intake:
             self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
+        try:
+            self._take_head()
+        except RequestError as exc:
+            self._refusal = exc  # what the parser then raises may have another context: it is fed within handlers, too
+            raise
+
+    def _take_head(self) -> None:
         self.is_in_head = False
         self._has_parsed_head = True
+        self._bare_bytes = 0
         front = self._front
         parser = self._parser
         settings = front.settings
@@ -193,6 +210,7 @@ class Intake:
         exchange = self._filling
         if exchange is not None:
             self._client.touch()
+            self._bare_bytes = 0
             if not exchange.body_came(data, self._front.settings.body_bytes_max):
                 exchange.refuse_body(
                     RequestError(
@@ -224,9 +242,9 @@ class Intake:
 
     def _stop_for(self, exc: httptools.HttpParserError) -> None:
         if isinstance(exc, httptools.HttpParserCallbackError):
-            cause = exc.__context__
-            if isinstance(cause, RequestError):
-                self._fail_after(cause)
+            refusal, self._refusal = self._refusal, None
+            if refusal is not None:
+                self._fail_after(refusal)
                 return
             log.error("failed on a request", exc_info=exc)
             self._client.cut()

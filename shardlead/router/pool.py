@@ -12,7 +12,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from shardlead.config import RouterSettings
+from shardlead.config import RouterSettings, split_address
 from shardlead.core.shardmap import ShardMap
 from shardlead.router.counts import Counts
 from shardlead.router.heads import Kinds, answer_kinds
@@ -49,9 +49,7 @@ class Pool:
         self._kinds = kinds
         self._counts = counts
         self._tasks = tasks
-        host, _, port = address.rpartition(":")
-        self._host = host.removeprefix("[").removesuffix("]")
-        self._port = int(port) if port.isdigit() else 0
+        self._endpoint = split_address(address)  # None: a worker's record may say anything
 
     def __repr__(self) -> str:
         return (
@@ -172,11 +170,11 @@ class Pool:
     async def _connect(self) -> Upstream | None:
         loop = asyncio.get_running_loop()
         try:
+            if self._endpoint is None:
+                raise ValueError(f"not an address: {self.address}")
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    lambda: Upstream(self, self._kinds), self._host, self._port
-                )
-        except (OSError, TimeoutError) as exc:
+                _, connection = await loop.create_connection(lambda: Upstream(self, self._kinds), *self._endpoint)
+        except (OSError, TimeoutError, ValueError) as exc:  # UnicodeError: a host that no name service could know
             self._counts.connects["timed-out" if isinstance(exc, TimeoutError) else "failed"] += 1
             return None
         self._counts.connects["connected"] += 1

@@ -8,6 +8,7 @@ nobody asked for, or that can be read in two ways, ends it and reaches nobody.
 
 import asyncio
 import logging
+import re
 import select
 import socket
 from typing import Final, Protocol, cast
@@ -22,7 +23,9 @@ log = logging.getLogger("shardlead.router")
 
 _GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 ANSWER_FIELDS_MAX: Final = 1_000
+BARE_BYTES_MAX: Final = 1_048_576  # of a head, or of a body's framing, until something of the answer has come
 WRITE_HIGH_BYTES: Final = 262_144
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # the parser lets them pass in a reason phrase
 
 
 class Taker(Protocol):
@@ -82,6 +85,7 @@ class Upstream(asyncio.Protocol):
     """One connection to a worker. `pool` is where it goes home to."""
 
     __slots__ = (
+        "_bare_bytes",
         "_eof_ends",
         "_fields",
         "_head",
@@ -120,6 +124,7 @@ class Upstream(asyncio.Protocol):
         self._is_paused = False
         self._is_done = False
         self._eof_ends = False
+        self._bare_bytes = 0
         self._fields: list[tuple[bytes, bytes]] = []
         self._head: AnswerHead | None = None
         self._phrase = b""
@@ -146,6 +151,7 @@ class Upstream(asyncio.Protocol):
         if self.taker is None and not self._is_skipping:
             self.abort()  # a worker that speaks without being asked
             return
+        self._bare_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -160,6 +166,8 @@ class Upstream(asyncio.Protocol):
                 self.abort()
         if self._is_done:
             self._complete()
+        elif self._bare_bytes > BARE_BYTES_MAX:
+            self.abort()
 
     def eof_received(self) -> bool:
         if self._is_answering and self._eof_ends:
@@ -200,8 +208,11 @@ class Upstream(asyncio.Protocol):
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
 
     def on_headers_complete(self) -> None:
+        self._bare_bytes = 0
         head = self._head = read_answer(self._parser.get_status_code(), self._fields, self._kinds)
         status = head.status
+        if status < 100 or (self._phrase != b"OK" and _CONTROL.search(self._phrase)):
+            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's status line is none")
         if status < 200:
             return
         self._is_answering = True
@@ -218,6 +229,7 @@ class Upstream(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "a body where there is none")
+        self._bare_bytes = 0
         if self.taker is not None:
             self.taker.answer_continued(data)
 
@@ -235,6 +247,7 @@ class Upstream(asyncio.Protocol):
             self.expects_bodiless = False
             self._parser = httptools.HttpResponseParser(self)
         self._is_done = self._is_answering = self._is_skipping = self._eof_ends = False
+        self._bare_bytes = 0
         self._head = None
         taker = self.taker
         self.taker = None
