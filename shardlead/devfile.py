@@ -126,9 +126,11 @@ def _read(path: Path) -> DevCluster | None:
             return None
         known[item.name] = value
     try:
-        return DevCluster(**known)
+        info = DevCluster(**known)
     except TypeError:  # a field without a default is missing
         return None
+    # 0 and below name process groups, and what is above fits no pid
+    return info if 0 < info.pid < 1 << 31 and 0 < info.port < 1 << 16 else None
 
 
 def _is_running(info: DevCluster) -> bool:
@@ -145,7 +147,7 @@ def _is_running(info: DevCluster) -> bool:
 def _birth(pid: int) -> int:
     """The process's start in clock ticks since boot (field 22 of its stat); 0 if unknown or a zombie's."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # a name may be any bytes
     except OSError:
         return 0
     return int(after_name[19])

@@ -112,7 +112,7 @@ class _Layers:
         except OSError as exc:
             self._problems.append(Problem("--config", "file", source, f"a file that can be read ({exc.strerror})"))
             return
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        except (ValueError, RecursionError) as exc:  # no TOML, no UTF-8, no path, or nested too deep
             self._problems.append(Problem("--config", "file", source, f"a TOML file ({exc})"))
             return
         for section, table in tables.items():
@@ -162,9 +162,9 @@ class _Layers:
     def finish(self) -> Loaded:
         for name in FILES:
             path = self._values.get(name)
-            if isinstance(path, str) and path and not Path(path).is_file():
+            if isinstance(path, str) and path and (reason := _why_no_file(path)):
                 self._problems.append(
-                    Problem(self._sources[name], name, path, "must be a file that can be read; there is none")
+                    Problem(self._sources[name], name, path, f"must be a file that can be read; {reason}")
                 )
         settings = Settings(
             **{
@@ -206,6 +206,13 @@ class _Layers:
         else:
             hint = f"not {what}; there are {_SECTIONS if len(names) > 25 else ', '.join(names.values())}"
         self._problems.append(Problem(source, name, value, hint))
+
+
+def _why_no_file(path: str) -> str:
+    try:
+        return "" if Path(path).is_file() else "there is none"
+    except OSError as exc:  # its folder may not be looked into, or its name is too long
+        return exc.strerror or str(exc)
 
 
 def _convert(hint: Any, value: object, *, is_text: bool) -> object:

@@ -57,12 +57,12 @@ class Narrator:
         self._notes.append(f"{worker} died ({how})")
 
     def observe(self, event: Mapping[str, Any]) -> None:
-        """Take one line of /v1/events into account; kinds that are not known are passed over."""
-        match event.get("event"):
-            case "leader":
+        """Take one line of /v1/events into account; kinds and shapes that are not known are passed over."""
+        match event:
+            case {"event": "leader", "shard": int(), "t": int() | float()} if isinstance(event.get("revision", 0), int):
                 self._leader(event)
-            case "worker":
-                self._worker(str(event["worker"]), str(event["state"]))
+            case {"event": "worker", "worker": str(worker), "state": str(state)}:
+                self._worker(worker, state)
             case _:
                 pass
 

@@ -180,7 +180,7 @@ def execute(line: bytes, worker: int, how: str) -> None:
         will = json.loads(line)
         lease = None if will["lease"] is None else int(will["lease"])
         is_fenced, endpoints = will.get("fenced") is True, [str(url) for url in will.get("endpoints", ())]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         say(f"worker (pid {worker}) ended by {how}; its last will is not readable, its lease ends by time-out")
         return
     if lease is None:
@@ -276,7 +276,7 @@ def post(
         connection.close()
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     return response.status, answer if isinstance(answer, dict) else {}
 

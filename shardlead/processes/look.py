@@ -17,6 +17,7 @@ from shardlead.errors import ProcessFailed
 from shardlead.processes.process import Process
 
 _POLL_S: Final = 0.05
+_EVENT_BYTES_MAX: Final = 65_536
 
 
 async def wait_etcd(process: Process, url: str, timeout_s: float) -> None:
@@ -27,7 +28,8 @@ async def wait_etcd(process: Process, url: str, timeout_s: float) -> None:
                 while process.is_running:
                     with contextlib.suppress(aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
                         async with session.get(f"{url}/health") as answer:
-                            if orjson.loads(await answer.read()).get("health") == "true":
+                            health = orjson.loads(await answer.read())
+                            if isinstance(health, dict) and health.get("health") == "true":
                                 return
                     await asyncio.sleep(_POLL_S)
     raise ProcessFailed(process.name, f"etcd at {url} is not healthy after {timeout_s:g} s", process.tail())
@@ -85,14 +87,24 @@ class ClusterMap:
 
 
 async def read_map(session: aiohttp.ClientSession, admin: str) -> ClusterMap:
-    """/v1/map of a role's admin server. Raises aiohttp.ClientError or TimeoutError."""
+    """/v1/map of a role's admin server. Raises aiohttp.ClientError (for what is no map, too) or TimeoutError."""
     async with session.get(f"http://{admin}/v1/map", timeout=aiohttp.ClientTimeout(total=5)) as answer:
         answer.raise_for_status()
-        return parse_map(orjson.loads(await answer.read()))
+        try:
+            return parse_map(orjson.loads(await answer.read()))
+        except ValueError as exc:
+            raise aiohttp.ClientPayloadError(f"not a map: {exc}") from exc
 
 
 def parse_map(raw: Mapping[str, Any]) -> ClusterMap:
-    """What /v1/map answered."""
+    """What /v1/map answered. Raises ValueError for anything else."""
+    try:
+        return _parse_map(raw)
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+        raise ValueError(f"{type(exc).__name__}: {exc}") from exc
+
+
+def _parse_map(raw: Mapping[str, Any]) -> ClusterMap:
     leaders = {int(item["shard"]): item for item in raw["leaders"]}
     return ClusterMap(
         revision=int(raw["revision"]),
@@ -122,13 +134,26 @@ async def is_admin_ready(session: aiohttp.ClientSession, admin: str) -> tuple[bo
 
 
 async def stream_events(session: aiohttp.ClientSession, admin: str) -> AsyncIterator[dict[str, Any]]:
-    """/v1/events of a role's admin server, until it ends. Raises aiohttp.ClientError."""
+    """/v1/events of a role's admin server, until it ends. Raises aiohttp.ClientError, for what is no event, too."""
     unbounded = aiohttp.ClientTimeout(total=None, sock_connect=5)  # it is quiet while nothing changes
     async with session.get(f"http://{admin}/v1/events", timeout=unbounded) as answer:
         answer.raise_for_status()
         rest = b""
         async for piece in answer.content.iter_any():
             *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > _EVENT_BYTES_MAX:
+                raise aiohttp.ClientPayloadError(f"an event of more than {_EVENT_BYTES_MAX} bytes")
             for line in lines:
                 if line.strip():
-                    yield orjson.loads(line)
+                    yield parse_event(line)
+
+
+def parse_event(line: bytes) -> dict[str, Any]:
+    """One line of /v1/events. Raises aiohttp.ClientError if it is none."""
+    try:
+        event = orjson.loads(line)
+    except orjson.JSONDecodeError as exc:
+        raise aiohttp.ClientPayloadError(f"not an event: {exc}") from exc
+    if not isinstance(event, dict):
+        raise aiohttp.ClientPayloadError("not an event: no object")
+    return event

@@ -32,6 +32,7 @@ from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Description, Hosted
 from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
 from shardlead.worker.host import Host
+from shardlead.worker.serverlog import ServerLog
 from shardlead.worker.tenure import Tenure
 from shardlead.worker.wire import (
     Call,
@@ -48,6 +49,7 @@ log = logging.getLogger("shardlead.http")
 FIELD_BYTES_MAX: Final = 262_144  # one line or header field; a router's whole head is 32 KiB by default
 HEADERS_MAX: Final = 1_024  # a router allows 100 by default and adds fewer than ten
 BACKLOG: Final = 1_024  # connections that wait to be accepted when many routers come at once
+UNREAD_TIMEOUT_S: Final = 2.0  # an answered peer that still sends its body is read for so long, as routers read theirs
 CLOSE_TIMEOUT_S: Final = 1.0  # for answers still under way when the server closes; drained work has ended before
 
 OUTCOMES: Final = (
@@ -110,8 +112,9 @@ class Front:
             self._answer,
             request_factory=self._make_request,
             keepalive_timeout=WORKER_IDLE_TIMEOUT_S,
+            lingering_time=UNREAD_TIMEOUT_S,
             access_log=None,
-            logger=log,
+            logger=ServerLog(log, {}),
             max_line_size=FIELD_BYTES_MAX,
             max_field_size=FIELD_BYTES_MAX,
             max_headers=HEADERS_MAX,
@@ -247,7 +250,9 @@ class Front:
             failure: Exception | None = None
             stale = exc if isinstance(exc, Fenced | WriteUnknown) else None
         except asyncio.CancelledError as exc:
-            if task.cancelling() == 0:  # of the application's own making: it awaited something that was cancelled
+            if (
+                task.cancelling() == 0 and not self._is_closing
+            ):  # of the application's own making: it awaited something that was cancelled
                 failure = RuntimeError("handle was cancelled from within")
                 failure.__cause__ = exc
             elif tenure.is_lost and not self._is_closing:

@@ -349,6 +349,18 @@ def told(chunks: list[bytes]) -> Verdict:
         return verdict
 
 
+def assert_agree(one: Verdict, other: Verdict) -> None:
+    """The same; but a request refused before its body has come is the last of its connection, and one refused with
+    its body read need not be."""
+    short, long = sorted((one, other), key=lambda verdict: len(verdict.requests))
+    if short != long and b"problem+json" in short.answers and short.is_closed and not short.is_cut:
+        assert long.answers.replace(LAST_ONE, b"").startswith(short.answers.replace(LAST_ONE, b""))
+        assert long.requests[: len(short.requests)] == short.requests
+    else:
+        assert one == other
+
+
+LAST_ONE: Final = b"Connection: close\r\n"
 SHARD_TOLD: Final = re.compile(rb',"shard":3\}')
 LENGTH: Final = re.compile(rb"Content-Length: \d+")
 
@@ -418,7 +430,7 @@ def test_good_requests_are_answered_however_they_are_cut(stream: bytes, data: st
 def test_bent_requests_get_the_same_verdict_however_they_are_cut(stream: bytes, data: st.DataObject) -> None:
     """No exception, nothing left behind, and the worker never sees a request that can be read in two ways."""
     assume(len(stream) < FUZZED.head_bytes_max)  # what is over a limit is found sooner in pieces
-    assert told(data.draw(cut(stream))) == told([stream])
+    assert_agree(told(data.draw(cut(stream))), told([stream]))
 
 
 def test_a_refused_head_behind_one_that_is_read_again_is_refused_in_order() -> None:
