@@ -238,10 +238,20 @@ class Model:
 
     # --- watching --------------------------------------------------------------------------------------------
 
-    def events_since(self, revision: int, key: bytes, range_end: bytes = b"") -> tuple[WatchBatch, int]:
-        """What a watch of [key, range_end) gets next, from `revision` on: one message of at most
-        WATCH_REVISIONS_MAX revisions and about WATCH_BYTES_MAX, and the revision to go on from. No revision is split
-        over messages, and like etcd's the header runs ahead of the events. Raises Compacted."""
+    def events_since(
+        self,
+        revision: int,
+        key: bytes,
+        range_end: bytes = b"",
+        *,
+        until: int | None = None,
+        revisions_max: int = WATCH_REVISIONS_MAX,
+    ) -> tuple[WatchBatch, int]:
+        """What a watch of [key, range_end) gets next, from `revision` on: one message of at most `revisions_max`
+        revisions and about WATCH_BYTES_MAX, and the revision to go on from. No revision is split over messages, and
+        like etcd's the header runs ahead of the events. With `until`, as a member sees it that has applied only so
+        far. Raises Compacted."""
+        last = self.revision if until is None else min(until, self.revision)
         if revision < self.compacted:
             raise Compacted(self.compacted)
         first = self.revision - len(self._log) + 1
@@ -249,16 +259,22 @@ class Model:
         found: list[Event] = []
         taken = size = 0
         following = start
-        for events in self._log[start - first :] if start <= self.revision else ():
+        for events in self._log[start - first : last - first + 1] if start <= last else ():
             following += 1
             matching = [event for event in events if is_within(event.kv.key, key, range_end)]
             if matching:
                 found += matching
                 taken += 1
                 size += sum(_size(event.kv) for event in matching)
-                if taken == WATCH_REVISIONS_MAX or size > WATCH_BYTES_MAX:
+                if taken == revisions_max or size > WATCH_BYTES_MAX:
                     break
-        return WatchBatch(self.revision, tuple(found)), following
+        return WatchBatch(last, tuple(found)), following
+
+    def log_since(self, revision: int) -> Iterator[tuple[int, tuple[Event, ...]]]:
+        """Every revision from `revision` on that is still known, and what it changed."""
+        first = self.revision - len(self._log) + 1
+        for number in range(max(revision, first), self.revision + 1):
+            yield number, self._log[number - first]
 
     # --- inside ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,254 @@
+"""What must hold, whatever happens: one function for each invariant, with its sentence.
+
+Those of the first part are asked in the moment, by the witness; those of the second at the end of a run. An invariant
+that is broken is told by `witness.fail`, with the time and all that is known; a run with misbehaviour of the store or
+frozen clocks may break I3, I4 and what hangs on them (the run's `tolerated`), never I1, I2 or I5.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from shardlead.clock import NS_PER_S
+from shardlead.core.keyspace import decode
+from shardlead.core.model import LeaderRecord, revision_of
+from shardlead.errors import KeyspaceError
+from tests.simulation.clients import Operation
+
+if TYPE_CHECKING:
+    from tests.simulation.processes import WorkerProcess
+    from tests.simulation.witness import Tenant, Witness
+
+GRACE_SLACK_S: Final = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken invariant, at one instant of true time."""
+
+    name: str
+    true_ns: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.true_ns / NS_PER_S:.6f} s: {self.text}"
+
+
+# --- in the moment ---------------------------------------------------------------------------------------------------
+
+
+def one_sid_per_epoch(witness: "Witness", tenant: "Tenant") -> None:
+    """I1: at most one session leads under a (shard, epoch), ever."""
+    lead = tenant.lead
+    known = witness.sids.setdefault((lead.shard, lead.epoch), tenant.sid)
+    if known != tenant.sid:
+        witness.fail("I1", f"{tenant}, under which {known} has led")
+
+
+def guards_never_overlap(witness: "Witness", shard: int) -> None:
+    """I3: in omniscient time, intervals in which the guard says yes never overlap for two sessions of a shard."""
+    valid = [tenant for tenant in witness.tenants.get(shard, ()) if tenant.is_valid]
+    if len({tenant.sid for tenant in valid}) > 1:
+        witness.fail("I3", " and ".join(str(tenant) for tenant in valid))
+
+
+def deadline_within_lease(witness: "Witness", process: "WorkerProcess") -> None:
+    """I4: a session's deadline, in true time, is not after its lease's expiry at the server."""
+    session = process.worker.session
+    if session is None or not process.guard_ns:
+        return
+    expiry_ns = witness.world.etcd.lease_expiry_ns(session.lease)
+    until_ns = process.machine.true_ns_of(process.guard_ns)
+    if expiry_ns is None:
+        witness.fail("I4", f"{process.machine.name} renewed the deadline of lease {session.lease:x}, which is gone")
+    elif until_ns > expiry_ns:
+        ahead_s = (until_ns - expiry_ns) / NS_PER_S
+        witness.fail(
+            "I4", f"{process.machine.name} trusts its lease for {ahead_s:.6f} s longer than the store keeps it"
+        )
+
+
+def no_handler_after_the_end(witness: "Witness", tenant: "Tenant") -> None:
+    """I6, first half: once a leadership is lost or its guard says no, no handler of it starts."""
+    if not tenant.is_valid:
+        witness.fail("I6", f"a handler starts for {tenant}, which is over")
+    if not tenant.is_open:
+        witness.fail("I6", f"a handler starts for {tenant}, which is not open")
+
+
+def handlers_end_in_time(witness: "Witness", tenant: "Tenant") -> None:
+    """I6, second half: of a lost leadership no handler still runs after the grace (or the process has exited)."""
+    process = tenant.process
+    if not tenant.lead.is_lost:
+        return
+    now_ns = process.lived_ns()
+    if tenant.lost_local_ns < 0:
+        tenant.lost_local_ns = now_ns
+    over_s = (now_ns - tenant.lost_local_ns) / NS_PER_S
+    if over_s > process.settings.worker.cancel_grace_s + GRACE_SLACK_S:
+        witness.fail("I6", f"a handler of {tenant} runs {over_s:.3f} s after its loss")
+
+
+def never_after_given_up(witness: "Witness", tenant: "Tenant", what: str) -> None:
+    """I14: after a T4, T5 or T5s was sent, that epoch is never served again by that worker."""
+    lead = tenant.lead
+    sent_ns = witness.given_up.get((tenant.process.machine.name, lead.shard, lead.epoch))
+    if sent_ns is not None:
+        witness.fail("I14", f"{tenant} {what}, though it was given up at {sent_ns / NS_PER_S:.6f} s")
+
+
+def router_never_goes_back(witness: "Witness", router: str, shard: int, epoch: int) -> None:
+    """I11: a router never sends with an epoch below the largest that it has seen for that shard."""
+    seen = witness.router_epochs.get((router, shard), 0)
+    if epoch < seen:
+        witness.fail("I11", f"{router} sends for shard {shard} under epoch {epoch} after it has seen {seen}")
+
+
+def mirror_is_snapshot(witness: "Witness", name: str, revision: int, wrong: Sequence[str]) -> None:
+    """I8: a mirror at a revision is what the store was at that revision."""
+    if wrong:
+        witness.fail("I8", f"{name} at revision {revision} differs from the store: {', '.join(wrong[:3])}")
+
+
+# --- at the end ------------------------------------------------------------------------------------------------------
+
+
+def epochs_grow(witness: "Witness") -> None:
+    """I2: the epochs of a shard strictly increase in the order in which they were granted, over restarts and
+    generations."""
+    granted: dict[int, list[tuple[int, int]]] = {}
+    last: dict[int, int] = {}
+    for change in witness.world.etcd.history:  # in the order in which the store granted them
+        place = witness.world.keyspace.parse(change.key)
+        if place is not None and place.kind == "leader" and change.value is not None:
+            granted.setdefault(place.shard, []).append((change.true_ns, change.revision))
+    led: dict[tuple[int, int], int] = {}  # what leaders made of it: their epoch, generation included
+    for shard, epoch in witness.sids:
+        led[shard, revision_of(epoch)] = epoch
+    for shard, grants in granted.items():
+        for _, revision in grants:
+            known = led.get((shard, revision))
+            if known is None:
+                continue
+            if known <= last.get(shard, 0):
+                witness.fail("I2", f"shard {shard} was led under epoch {known} after {last[shard]}")
+            last[shard] = max(known, last.get(shard, 0))
+
+
+def nobody_else_touches(witness: "Witness") -> None:
+    """I13: while a session lives, nobody but its own process changes or deletes its `leaders/` keys (R1)."""
+    world = witness.world
+    holders: dict[int, str] = {}  # shard -> worker named
+    for change in world.etcd.history:
+        place = world.keyspace.parse(change.key)
+        if place is None or place.kind != "leader":
+            continue
+        holder = holders.get(place.shard)
+        by = change.writer.partition("#")[0]
+        if change.value is None:
+            # a lease's end deletes without a writer of its own; a revocation is judged by whoever sent it
+            if holder is not None and by and not change.is_lease_end and by != holder:
+                witness.fail("I13", f"{change.writer} deleted leaders/{place.shard} of {holder}")
+            holders.pop(place.shard, None)
+            continue
+        try:
+            record = decode(LeaderRecord, change.key, change.value)
+        except KeyspaceError:
+            continue
+        if holder is not None and by != holder:
+            witness.fail("I13", f"{change.writer} overwrote leaders/{place.shard} of {holder}")
+        holders[place.shard] = record.worker
+
+
+def fence_holds(witness: "Witness") -> None:
+    """I5, first part: accepted writes of a shard have epochs that never go down."""
+    last: dict[int, int] = {}
+    for done in witness.world.storage.accepted:
+        if done.epoch < last.get(done.shard, 0):
+            witness.fail("I5", f"a write of shard {done.shard} under epoch {done.epoch} after {last[done.shard]}")
+        last[done.shard] = max(done.epoch, last.get(done.shard, 0))
+
+
+def nothing_acknowledged_is_lost(witness: "Witness") -> None:
+    """I5, second part: no acknowledged write is lost, and each key's history is linearizable."""
+    storage = witness.world.storage
+    by_key: defaultdict[str, list[Operation]] = defaultdict(list)
+    are_memories_good = "I3" not in witness.world.tolerated
+    for operation in witness.world.history:
+        if are_memories_good or not operation.is_cached:
+            by_key[operation.key].append(operation)
+    for key, operations in sorted(by_key.items()):
+        for text in list_history_faults(operations, storage.values.get(key, ())):
+            witness.fail("I5", f"key {key}: {text}")
+
+
+def executed_once(witness: "Witness") -> None:
+    """I10: a request is executed at most once, and never after its client was told that it was not done."""
+    executed = Counter[str](done.value[-1] for done in witness.world.storage.accepted)
+    for operation in witness.world.history:
+        if not operation.word:
+            continue
+        times = executed[operation.word]
+        if times > 1:
+            witness.fail("I10", f"{operation} was executed {times} times")
+        if times and operation.outcome == "fail":
+            witness.fail("I10", f"{operation} was executed")
+
+
+AT_THE_END: Final = (epochs_grow, nobody_else_touches, fence_holds, nothing_acknowledged_is_lost, executed_once)
+
+
+def list_history_faults(operations: Sequence[Operation], final: Sequence[str]) -> list[str]:
+    """Why this history of appends of unique words and reads of the whole list is not linearizable; [] if it is.
+
+    The list only grows, so that its final state is the one order in which the appends can have happened, and each
+    operation has one place in it: an append its own index, a read or an acknowledged append what it saw. The history
+    is linearizable exactly if all that was seen are prefixes, and no operation that ended before another began has
+    a later place than it. An operation whose outcome nobody knows stays open to the end.
+    """
+    faults: list[str] = []
+    places = {word: index for index, word in enumerate(final)}
+    if len(places) != len(final):
+        faults.append(f"a word stands twice in {list(final)}")
+    placed: list[tuple[int, int, float, Operation]] = []  # twice the place, begin, end
+    for operation in operations:
+        seen = operation.seen
+        if seen is not None and tuple(seen) != tuple(final[: len(seen)]):
+            faults.append(f"{operation} saw {_shown(seen)}, which is no prefix of {_shown(final)}")
+            continue
+        if operation.word:
+            index = places.get(operation.word)
+            if operation.outcome == "ok":
+                if index is None:
+                    faults.append(f"{operation} was acknowledged and is lost")
+                    continue
+                if seen is None or not seen or seen[-1] != operation.word:
+                    faults.append(f"{operation} was acknowledged with {_shown(seen or ())}")
+            elif operation.outcome == "fail":
+                if index is not None:
+                    faults.append(f"{operation} stands in the list though it was refused")
+                continue
+            if index is None:
+                continue
+            end = operation.ended_ns if operation.outcome == "ok" else float("inf")
+            placed.append((2 * index + 2, operation.began_ns, end, operation))
+        elif seen is not None:
+            placed.append((2 * len(seen) + 1, operation.began_ns, operation.ended_ns, operation))
+    placed.sort(key=lambda each: each[0])
+    least_end: list[float] = [float("inf")] * (len(placed) + 1)
+    for index in range(len(placed) - 1, -1, -1):
+        least_end[index] = min(least_end[index + 1], placed[index][2])
+    following = 0
+    for place, began_ns, _, operation in placed:
+        while following < len(placed) and placed[following][0] <= place:
+            following += 1
+        if least_end[following] < began_ns:
+            later = min(placed[following:], key=lambda each: each[2])[3]
+            faults.append(f"{operation} began after {later} had ended, and has an earlier place")
+    return faults
+
+
+def _shown(words: Sequence[str]) -> str:
+    shown = [*words[:3], "…", *words[-3:]] if len(words) > 8 else list(words)
+    return f"[{' '.join(shown)}]"

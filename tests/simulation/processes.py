@@ -1,0 +1,325 @@
+"""The simulated fleet's processes: what `shardlead worker`, `shardlead router` and a worker's parent put together.
+
+All of it is the shipped code. Replaced are the sockets (`shardlead.virtual.network`), the clock, the random numbers and
+the store's transport; the store's client is extended by notes of what it sends, for the witness.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
+
+from prometheus_client import CollectorRegistry
+
+from shardlead.cluster.session import Session
+from shardlead.cluster.view import View
+from shardlead.controller.controller import Controller
+from shardlead.core.keyspace import Keyspace
+from shardlead.core.model import epoch_of
+from shardlead.core.shardmap import Delta
+from shardlead.errors import LeaseGone, ShardleadError, StoreError
+from shardlead.metrics import ControllerMetrics, WorkerMetrics
+from shardlead.router.exchange import Exchange
+from shardlead.router.server import Router
+from shardlead.router.upstream import Upstream
+from shardlead.store.base import Delete, Outcome, Put, Target, Txn
+from shardlead.store.etcd import EtcdStore
+from shardlead.virtual import Machine
+from shardlead.worker.application import Application
+from shardlead.worker.runtime import Worker
+from tests.simulation.service import Lists, Surroundings
+from tests.simulation.witness import ProcessWatch
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+PARENT_NOTICES_S: Final = 0.003
+PARENT_TRIES_S: Final = 5.0
+JOIN_PAUSE_S: Final = 1.0
+METRICS: Final = WorkerMetrics(CollectorRegistry())  # shared: nobody reads them here, and making them takes long
+CONTROLLER_METRICS: Final = ControllerMetrics(CollectorRegistry())
+
+
+class NotingStore(EtcdStore):
+    """The shipped client, which tells the witness which epochs are given up before it sends the transaction."""
+
+    def note_to(self, world: "World", name: str) -> "NotingStore":
+        self._world = world
+        self._name = name
+        return self
+
+    async def commit(self, txn: Txn) -> Outcome:
+        world = self._world
+        for shard, revision in _given_up(txn, world.keyspace):
+            world.witness.gives_up(self._name, shard, epoch_of(world.generation, revision))
+        outcome = await super().commit(txn)
+        if world.is_tracing:
+            world.say(self._name, f"txn {world.shown(txn)}: {type(outcome).__name__}")
+        return outcome
+
+
+def _given_up(txn: Txn, keyspace: Keyspace) -> list[tuple[int, int]]:
+    """(shard, mod_revision) of each leader key that this transaction overwrites or deletes if it stands so."""
+    found: list[tuple[int, int]] = []
+    written = {op.key for op in txn.success if isinstance(op, Put | Delete)}
+    for compare in txn.compares:
+        if compare.target is Target.MOD and compare.key in written and compare.operand:
+            place = keyspace.parse(compare.key)
+            if place is not None and place.kind == "leader":
+                assert isinstance(compare.operand, int)
+                found.append((place.shard, compare.operand))
+    for op in txn.success:
+        if isinstance(op, Txn):
+            found += _given_up(op, keyspace)
+    return found
+
+
+class Parent:
+    """A worker's parent and last will: when the process is dead, it revokes the lease, if the work is fenced."""
+
+    def __init__(self, world: "World", process: "WorkerProcess") -> None:
+        self._world = world
+        self._process = process
+        self._lease = 0
+        self._is_fenced = False
+        self._machine = world.loop.machine(f"{process.machine.name}'s parent", address=process.machine.address)
+
+    def declare(self, lease: int, _settings: object, *, fenced: bool) -> None:
+        self._lease, self._is_fenced = lease, fenced
+
+    def withdraw(self) -> None:
+        self._lease = 0
+
+    def worker_died(self, with_machine: bool) -> None:
+        if with_machine:
+            self._machine.crash()
+        elif self._lease and self._is_fenced:
+            self._machine.call_later(PARENT_NOTICES_S, self._begin)
+
+    def _begin(self) -> None:
+        self._machine.spawn(self._revoke(), "parent")
+
+    async def _revoke(self) -> None:
+        world = self._world
+        async with world.store(self._machine) as store:
+            try:
+                async with asyncio.timeout(PARENT_TRIES_S):
+                    while True:
+                        try:
+                            await store.revoke(self._lease)
+                        except LeaseGone:
+                            return
+                        except StoreError:
+                            await asyncio.sleep(0.2)
+                        else:
+                            world.say(self._machine.name, f"revoked lease {self._lease:x}")
+                            return
+            except TimeoutError:
+                return
+
+
+class WorkerProcess:
+    """One worker process from its start to its end."""
+
+    def __init__(self, world: "World", name: str, machine: Machine) -> None:
+        self.world = world
+        self.name = name
+        self.machine = machine
+        self.settings = replace(world.settings, worker=replace(world.settings.worker, name=name))
+        self.guard_ns = 0  # as last seen
+        self.rng = random.Random(world.rng.getrandbits(64))
+        self.exit_code: int | None = None  # None while it lives; -9 if killed
+        self.task: asyncio.Task[None] | None = None
+        self.has_joined = False
+        self._stalled_ns = 0
+        self._stalled_since_ns = -1
+        parent = Parent(world, self)
+        machine.on_crash.append(parent.worker_died)
+        machine.on_crash.append(self._died)
+        surroundings = Surroundings(
+            world.storage, world.manners, self.rng, ProcessWatch(world.witness, self), world.keys_of, self.crash
+        )
+
+        def make(lead: Any) -> Lists:
+            return Lists(lead, surroundings)
+
+        make.fenced = world.is_fenced  # type: ignore[attr-defined]  # where an application's class says it
+        self.worker: Worker
+        self.make = make
+        self.parent = parent
+
+    def __repr__(self) -> str:
+        return f"<WorkerProcess {self.machine!r} exit={self.exit_code}>"
+
+    def start(self) -> None:
+        self.task = self.machine.spawn(self._main(), self.machine.name)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.exit_code is None
+
+    def lived_ns(self) -> int:
+        """Its machine's clock, without the time in which it did not run."""
+        return self.machine.now_ns() - self._stalled_ns
+
+    # --- what befalls it
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        if self.is_alive and hasattr(self, "worker"):
+            self.machine.call_soon(self.worker.stop)
+
+    def crash(self, *, with_machine: bool = False) -> None:
+        """SIGKILL, or the loss of the machine."""
+        if self.is_alive:
+            self.world.say(self.machine.name, "is lost with its machine" if with_machine else "is killed")
+            self.machine.crash(with_machine=with_machine)
+
+    def pause(self) -> None:
+        self._stalled_since_ns = self.machine.now_ns()
+        self.machine.pause()
+
+    def resume(self) -> None:
+        self._stalled_ns += self.machine.now_ns() - self._stalled_since_ns
+        self.machine.resume()
+
+    def _died(self, _with_machine: bool) -> None:
+        if self.exit_code is None:
+            self.exit_code = -9
+
+    def _exit(self, code: int) -> None:
+        self.exit_code = code
+        self.world.say(self.machine.name, f"exits with {code}")
+        self.machine.crash()
+
+    # --- its life
+
+    async def _main(self) -> None:
+        world, clock = self.world, self.machine.clock
+        async with world.store(self.machine) as store:
+            self.worker = worker = Worker(
+                store,
+                Application(self.make, name="lists"),
+                self.settings,
+                clock=clock,
+                rng=random.Random(self.rng.getrandbits(64)),
+                metrics=METRICS,
+                explicit=("shards",),
+                version="simulated",
+                will=self.parent,
+                companion=lambda session: self._candidate(store, session),
+                exit_process=self._exit,
+            )
+            is_good = False
+            try:
+                while True:
+                    try:
+                        async with worker:
+                            self.has_joined = True
+                            is_good = await worker.run()
+                        break
+                    except StoreError as exc:
+                        world.say(self.machine.name, f"cannot join yet: {exc}")
+                        await asyncio.sleep(JOIN_PAUSE_S)
+            except ShardleadError as exc:
+                world.say(self.machine.name, f"ends: {exc}")
+        self._exit(0 if is_good else 1)
+
+    async def _candidate(self, store: EtcdStore, session: Session) -> None:
+        world = self.world
+        await Controller(
+            store,
+            world.keyspace,
+            session,
+            world.settings.controller,
+            clock=self.machine.clock,
+            rng=random.Random(self.rng.getrandbits(64)),
+            metrics=CONTROLLER_METRICS,
+        ).run()
+
+    def look(self) -> bool:
+        """Whether the guard's time is another than when last asked."""
+        session = self.worker.session if hasattr(self, "worker") else None
+        guard_ns = session._guard_ns if session is not None else 0  # the witness sees everything
+        if guard_ns == self.guard_ns:
+            return False
+        self.guard_ns = guard_ns
+        return True
+
+
+class RouterProcess:
+    """One router process."""
+
+    def __init__(self, world: "World", name: str, machine: Machine) -> None:
+        self.world = world
+        self.name = name
+        self.machine = machine
+        self.router: Router | None = None
+        self.view: View | None = None
+        self.rng = random.Random(world.rng.getrandbits(64))
+        self.is_alive = True
+        machine.on_crash.append(self._died)
+
+    def start(self) -> None:
+        self.machine.spawn(self._main(), self.machine.name)
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Where it listens; None if it does not take requests."""
+        if not self.is_alive or self.router is None or not self.router.is_ready:
+            return None
+        host, _, port = self.router.address.rpartition(":")
+        return host, int(port)
+
+    def crash(self) -> None:
+        self.world.say(self.machine.name, "is killed")
+        self.machine.crash()
+
+    def leaders(self) -> dict[int, tuple[str, int]]:
+        """shard -> (worker, epoch), as it sees them."""
+        if self.view is None or not self.view.is_ready:
+            return {}
+        found = {}
+        for shard in range(self.world.shards):
+            leader = self.view.map.leader(shard)
+            if leader is not None:
+                found[shard] = (leader.worker, leader.epoch)
+        return found
+
+    def _died(self, _with_machine: bool) -> None:
+        self.is_alive = False
+
+    async def _main(self) -> None:
+        world = self.world
+        async with world.store(self.machine) as store:
+            view = self.view = View(
+                store, world.keyspace, clock=self.machine.clock, rng=random.Random(self.rng.getrandbits(64))
+            )
+            view.subscribe(self._changed)
+            world.watch_mirror(f"{self.machine.name}'s view", view._mirror)
+            router = self.router = Router(world.settings.router, view, clock=self.machine.clock)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(view.run(), name="view")
+                await router.run()
+
+    def _changed(self, delta: Delta) -> None:
+        for change in delta.leaders:
+            if change.after is not None:
+                self.world.witness.router_saw(self.machine.name, change.shard, change.after.epoch)
+
+
+@contextlib.contextmanager
+def noting_sends(world: "World") -> Iterator[None]:
+    """While it lasts, the witness hears of each request that a router sends, with the epoch (I11)."""
+    send = Exchange.connected
+
+    def noted(exchange: Exchange, connection: Upstream) -> None:
+        send(exchange, connection)
+        if exchange.connection is connection and exchange.leader is not None:
+            world.witness.router_sends(world.loop.current.name, exchange.shard, exchange.leader.epoch)
+
+    with mock.patch.object(Exchange, "connected", noted):
+        yield

@@ -1,0 +1,380 @@
+"""One simulated cluster: an etcd, workers, routers, clients and a storage, on a loop in virtual time, from one seed.
+
+A world is lived in four parts: it starts and comes to rest, things befall it, everything is healed, and it has to be
+whole again in the time that is promised. Then what was acknowledged is compared with what is stored.
+"""
+
+import asyncio
+import random
+import traceback
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from shardlead.clock import NS_PER_S
+from shardlead.config import (
+    ClusterSettings,
+    ControllerSettings,
+    LeaseSettings,
+    RouterSettings,
+    Settings,
+    StoreSettings,
+    WorkerSettings,
+)
+from shardlead.core.keyspace import Keyspace, encode
+from shardlead.core.model import Meta
+from shardlead.core.ring import SlotTable, build_table, encode_table, slot_count_for, slot_of, table_crc
+from shardlead.store.base import Compare, Delete, KeyValue, Put, Txn
+from shardlead.store.mirror import Change, Mirror
+from shardlead.virtual import Machine, VirtualLoop
+from tests.simulation import invariants
+from tests.simulation.clients import ANSWER_TIMEOUT_S, Client, Operation
+from tests.simulation.etcd import Etcd
+from tests.simulation.misbehaviour import Misbehaviour
+from tests.simulation.processes import NotingStore, RouterProcess, WorkerProcess
+from tests.simulation.service import Manners
+from tests.simulation.storage import Storage, StorageFaults
+from tests.simulation.transport import LinkFaults, SimTransport
+from tests.simulation.witness import Witness
+
+CLUSTER: Final = "sim"
+KEYS: Final = 12
+START_WITHIN_S: Final = 20.0
+LOOK_S: Final = 0.1
+STEPS_MAX: Final = 300_000  # ordinary runs take 15,000
+_TABLES: dict[int, SlotTable] = {}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a world consists of, before anything befalls it."""
+
+    shards: int = 8
+    workers: int = 3
+    routers: int = 2
+    clients: int = 3
+    ttl_s: int = 4
+    drift: float = 0.0  # the machines' clocks run so much faster or slower, at most
+    fenced: bool = True
+    link: LinkFaults = field(default_factory=LinkFaults)
+    storage: StorageFaults = field(default_factory=StorageFaults)
+    manners: Manners = field(default_factory=Manners)
+    tolerated: frozenset[str] = frozenset()
+    misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
+
+
+def settings_of(setup: Setup, endpoints: Sequence[str]) -> Settings:
+    """The fleet's settings: production's, but shorter."""
+    return Settings(
+        cluster=ClusterSettings(name=CLUSTER, shards=setup.shards),
+        store=StoreSettings(endpoints=tuple(endpoints), try_timeout_s=0.7, call_timeout_s=3.0, watch_silence_s=6.0),
+        lease=LeaseSettings(ttl_s=setup.ttl_s, renew_interval_s=setup.ttl_s * 0.28, margin_s=0.5),
+        worker=WorkerSettings(
+            drain_timeout_s=2.0,
+            open_timeout_s=5.0,
+            close_timeout_s=1.0,
+            cancel_grace_s=1.0,
+            park_timeout_s=3.0,
+            shutdown_timeout_s=10.0,
+            linger_s=2.0,
+            backoff_s=0.5,
+        ),
+        router=RouterSettings(hold_timeout_s=12.0, key_rules=("path:/lists/{key}",), answer_timeout_s=15.0),
+        controller=ControllerSettings(interval_s=2.0),
+    )
+
+
+def table_of(shards: int) -> SlotTable:
+    """Made once for all runs: looking up 16,384 slots takes longer than a run may."""
+    if shards not in _TABLES:
+        _TABLES[shards] = build_table(shards, slot_count_for(shards), 0)
+    return _TABLES[shards]
+
+
+class World:
+    """See the module. `begin`, then let things befall it, then `heal` and `finish`."""
+
+    def __init__(self, seed: int, setup: Setup, *, is_tracing: bool = False) -> None:
+        self.seed = seed
+        self.setup = setup
+        self.is_tracing = is_tracing
+        self.rng = random.Random(seed)
+        self.loop = VirtualLoop(self.rng.getrandbits(64))
+        self.loop.on_step = self._stepped
+        self.trace: list[str] = []
+        self.shards = setup.shards
+        self.generation = 0
+        self.tolerated = setup.tolerated
+        self.is_fenced = setup.fenced
+        self.keyspace = Keyspace(CLUSTER)
+        self.manners = replace(setup.manners)
+        self.history: list[Operation] = []
+        self.table = table_of(setup.shards)
+        self.keys = tuple(f"k{number}" for number in range(KEYS))
+        self.etcd = Etcd(
+            self.loop,
+            random.Random(self.rng.getrandbits(64)),
+            rate=1.0 + self.rng.uniform(-setup.drift, setup.drift),
+            misbehaviour=setup.misbehaviour,
+            say=lambda text: self.say("etcd", text),
+        )
+        self.settings = settings_of(setup, self.etcd.endpoints)
+        storage_machine = self.loop.machine("storage")
+        self.storage = Storage(
+            self.loop, storage_machine, random.Random(self.rng.getrandbits(64)), setup.fenced, setup.storage
+        )
+        self.witness = Witness(self)
+        self.workers: dict[str, WorkerProcess] = {}
+        self.processes: dict[Machine, WorkerProcess] = {}
+        self.routers: dict[str, RouterProcess] = {}
+        self.clients: list[Client] = []
+        self._client_tasks: list[asyncio.Task[None]] = []
+        self.transports: list[SimTransport] = []
+        self.addresses: dict[str, str] = {}  # of each worker's machine, over restarts
+        self._clocks: dict[str, tuple[float, float]] = {}
+        self._numbers: dict[str, int] = {}
+        self._versions: dict[bytes, tuple[list[int], list[KeyValue | None]]] = {}
+        self._indexed = 0
+        self.founders = tuple(f"w{number + 1}" for number in range(setup.workers))
+        self.is_over = False
+        self.client_machine = self.loop.machine("clients")
+        self.operator = self.loop.machine("operator")
+
+    # --- notes
+
+    def say(self, who: str, what: str) -> None:
+        """A line of the trace."""
+        if self.is_over:
+            return
+        self.trace.append(f"{self.loop.true_ns() / NS_PER_S:12.6f} {who:<12} {what}")
+
+    def shown(self, txn: Txn) -> str:
+        """A transaction, short."""
+        keys = [op.key.decode(errors="replace").removeprefix(f"/{CLUSTER}/") for op in _written(txn)]
+        return f"{len(txn.compares)} guards, writes {' '.join(keys) or 'nothing'}"
+
+    def _stepped(self, machine: Machine) -> None:
+        if self.loop.steps > STEPS_MAX and not self.is_over:
+            self.witness.fail("BUSY", f"{STEPS_MAX} steps were not enough: {self.loop!r}")
+            self.loop.stop()
+        process = self.processes.get(machine)
+        if process is not None and process.look():
+            self.witness.guard_changed(process)
+
+    # --- what it consists of
+
+    def keys_of(self, shard: int) -> tuple[str, ...]:
+        """The clients' keys of that shard."""
+        return tuple(key for key in self.keys if self.shard_of(key) == shard)
+
+    def shard_of(self, key: str) -> int:
+        return self.table[slot_of(key.encode(), len(self.table), False)]
+
+    def store(self, machine: Machine) -> NotingStore:
+        """The shipped client of the store, for a process on that machine."""
+        transport = SimTransport(machine, self.etcd, random.Random(self.rng.getrandbits(64)), self.setup.link)
+        self.transports.append(transport)
+        store = NotingStore(
+            self.settings.store, clock=machine.clock, rng=random.Random(self.rng.getrandbits(64)), transport=transport
+        )
+        return store.note_to(self, machine.name)
+
+    def start_worker(self, name: str) -> WorkerProcess:
+        """A new process under that name, on its machine."""
+        number = self._numbers[name] = self._numbers.get(name, 0) + 1
+        if name not in self._clocks:
+            drift = self.setup.drift
+            self._clocks[name] = (self.rng.uniform(10.0, 1e5), 1.0 + self.rng.uniform(-drift, drift))
+        offset_s, rate = self._clocks[name]
+        machine = self.loop.machine(
+            f"{name}#{number}",
+            address=self.addresses.get(name, ""),
+            offset_s=offset_s + self.loop.true_ns() / NS_PER_S * rate,
+            rate=rate,
+        )
+        self.addresses[name] = machine.address
+        process = WorkerProcess(self, name, machine)
+        self.workers[name] = self.processes[machine] = process
+        self.say(machine.name, "starts")
+        process.start()
+        return process
+
+    def start_router(self, name: str) -> RouterProcess:
+        number = self._numbers[name] = self._numbers.get(name, 0) + 1
+        machine = self.loop.machine(f"{name}#{number}", offset_s=self.rng.uniform(10.0, 1e5))
+        process = self.routers[name] = RouterProcess(self, name, machine)
+        process.start()
+        return process
+
+    @property
+    def living(self) -> list[WorkerProcess]:
+        return [process for process in self.workers.values() if process.is_alive]
+
+    # --- its life
+
+    def create_cluster(self) -> None:
+        """meta and ring, as `shardlead init` writes them."""
+        meta = Meta(
+            cluster=CLUSTER,
+            shards=self.shards,
+            slot_count=len(self.table),
+            seed=0,
+            hash_tags=False,
+            ring_crc=table_crc(self.table),
+        )
+        self.etcd.write(
+            Txn((), (Put(self.keyspace.meta, encode(meta)), Put(self.keyspace.ring, encode_table(self.table))))
+        )
+
+    async def begin(self) -> None:
+        """Start everything, and wait until every shard is served and the routers know."""
+        self.create_cluster()
+        for name in self.founders:
+            self.start_worker(name)
+        for number in range(self.setup.routers):
+            self.start_router(f"r{number + 1}")
+        if not await self.until_whole(START_WITHIN_S):
+            self.witness.fail("I9", f"not whole {START_WITHIN_S} s after the start: {self.what_is_missing()}")
+        for number in range(self.setup.clients):
+            client = Client(
+                self.loop,
+                f"c{number + 1}",
+                random.Random(self.rng.getrandbits(64)),
+                self._router_addresses,
+                self.keys,
+                self.history,
+                lambda text: self.say("client", text),
+            )
+            self.clients.append(client)
+            self._client_tasks.append(self.client_machine.spawn(client.run(), client.name))
+
+    def _router_addresses(self) -> list[tuple[str, int]]:
+        return [address for router in self.routers.values() if (address := router.address) is not None]
+
+    async def until_whole(self, within_s: float) -> bool:
+        """Look until it is, at most so long."""
+        until_ns = self.loop.true_ns() + int(within_s * NS_PER_S)
+        while not self.is_whole():
+            if self.loop.true_ns() >= until_ns:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    def is_whole(self) -> bool:
+        return not self.what_is_missing()
+
+    def what_is_missing(self) -> str:
+        """Why not every shard has exactly one serving leader, the store's, that all routers know; "" if so."""
+        for shard in range(self.shards):
+            kv = self.etcd.get(self.keyspace.leader(shard))
+            if kv is None:
+                return f"shard {shard} has no leader"
+            serving = [
+                tenant
+                for tenant in self.witness.tenants.get(shard, ())
+                if tenant.is_valid and tenant.is_open and not tenant.is_closed
+            ]
+            if len(serving) != 1:
+                return f"shard {shard} is served by {len(serving)}; leaders/ says {kv.value.decode()}"
+            if serving[0].lead.epoch & (2**48 - 1) != kv.mod_revision:
+                return f"shard {shard} is served under {serving[0].lead.epoch}, the store says {kv.mod_revision}"
+            for router in self.routers.values():
+                if not router.is_alive:
+                    continue
+                if router.leaders().get(shard, ("", 0))[1] != serving[0].lead.epoch:
+                    return f"{router.name} does not know the leader of shard {shard}"
+        return ""
+
+    def heal(self) -> None:
+        """Nothing is lost or late any more. What deeds have done is undone by themselves."""
+        self.storage.faults = StorageFaults()
+        for transport in self.transports:
+            transport.faults = LinkFaults()
+        self.setup = replace(self.setup, link=LinkFaults())
+        for name in self.founders:
+            if not self.workers[name].is_alive:
+                self.start_worker(name)
+        self.say("NEMESIS", "everything is healed")
+
+    async def finish(self) -> None:
+        """Let the clients end; then hold everything against the invariants."""
+        for client in self.clients:
+            client.is_over = True
+        await asyncio.wait(self._client_tasks, timeout=2 * ANSWER_TIMEOUT_S)
+        for number, key in enumerate(self.keys):
+            client = self.clients[number % len(self.clients)]
+            operation = await self.client_machine.spawn(client.act(key, is_read=True))
+            if operation.outcome != "ok":
+                self.witness.fail("I9", f"the last read of {key} failed: {operation}")
+        self.witness.looked_at()
+        for check in invariants.AT_THE_END:
+            check(self.witness)
+        for error in self.loop.errors:
+            self.witness.fail("ERROR", f"{error.get('message')}: {_where(error.get('exception'))}")
+
+    def abandon(self) -> None:
+        """Let every task come to its end, those of crashed machines too, so that nothing of this world is left over.
+        What happens from here on is nobody's business."""
+        self.is_over = True
+        self.loop.abandon()
+
+    # --- mirrors
+
+    def watch_mirror(self, name: str, mirror: Mirror) -> None:
+        """Compare it with the store's past at each change (I8)."""
+        passed_on = mirror._on_change  # the witness sees everything
+
+        def look(change: Change) -> None:
+            self._compare(name, mirror, change.revision)
+            passed_on(change)
+
+        mirror._on_change = look
+
+    def _compare(self, name: str, mirror: Mirror, revision: int) -> None:
+        self._index()
+        low, high = mirror._key, mirror._range_end
+        wrong = []
+        for key, (revisions, versions) in self._versions.items():
+            if not low <= key < high:
+                continue
+            at = bisect_right(revisions, revision) - 1
+            then = versions[at] if at >= 0 else None
+            known = mirror.kvs.get(key)
+            if (then.mod_revision if then else 0) != (known.mod_revision if known else 0):
+                wrong.append(f"{key.decode()} is {known and known.mod_revision}, was {then and then.mod_revision}")
+        invariants.mirror_is_snapshot(self.witness, name, revision, wrong)
+
+    def _index(self) -> None:
+        history = self.etcd.history
+        for change in history[self._indexed :]:
+            revisions, versions = self._versions.setdefault(change.key, ([], []))
+            revisions.append(change.revision)
+            versions.append(
+                None
+                if change.value is None
+                else KeyValue(change.key, change.value, 0, change.revision, 1, change.lease)
+            )
+        self._indexed = len(history)
+
+
+def _where(error: BaseException | None) -> str:
+    """An error and the lines where it came from."""
+    if error is None:
+        return "no exception"
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{error!r} at {' < '.join(f'{Path(frame.filename).name}:{frame.lineno}' for frame in reversed(frames))}"
+
+
+def _written(txn: Txn) -> list[Put | Delete]:
+    found: list[Put | Delete] = []
+    for op in txn.success:
+        if isinstance(op, Txn):
+            found += _written(op)
+        elif isinstance(op, Put | Delete):
+            found.append(op)
+    return found
+
+
+__all__ = ["Compare", "Setup", "World"]
