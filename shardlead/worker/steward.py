@@ -296,7 +296,7 @@ class Steward:
         waited_s = (self._clock.now_ns() - self._draining_since_ns) / NS_PER_S
         fleet, me = self.view.fleet, self.session.name
         if waited_s < self._patience_s and any(name != me and fleet.is_up(name) for name in fleet.members):
-            return self._patience_s - waited_s
+            return max(PAUSE_MIN_S, self._patience_s - waited_s)
         for shard, state in self._host.states():
             if ownership.epoch_led(state) or isinstance(state, ownership.Passing):
                 self._host.feed(shard, ownership.GivenUp("the worker stops"))
