@@ -15,7 +15,7 @@ from shardlead import devfile, parent
 from shardlead.config import split_address
 from shardlead.devfile import DevCluster
 from shardlead.errors import ConfigError
-from shardlead.loading import FILES, HINTS, SECRETS, Flag, load, parse_assignment
+from shardlead.loading import FILES, HINTS, Flag, load, parse_assignment
 from shardlead.narrator import Narrator
 from shardlead.processes.look import parse_event, parse_map
 from tests.support.fuzz import SCALARS, TEXTS, bent_bytes, bent_json, deep, examples, json_values, written
@@ -46,6 +46,8 @@ VALUES: Final = st.one_of(
     st.lists(TEXTS, max_size=2),
     st.sampled_from(("nan", "inf", "a" * 5_000, "/root/none/x", "http://[", "\0")),
 )
+
+SECRET: Final = "correct horse battery staple"
 
 
 def _loaded(**layers: Any) -> str:
@@ -82,16 +84,19 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @examples(200)
-@given(st.lists(st.tuples(NAMES, VALUES), max_size=4), st.dictionaries(NAMES, TEXTS, max_size=3))
+@given(
+    st.lists(st.tuples(NAMES, VALUES), max_size=4),
+    st.dictionaries(NAMES, TEXTS, max_size=3),
+    st.sampled_from((SECRET, [SECRET], {SECRET: SECRET})),
+)
 def test_any_flags_and_variables_are_settings_or_problems(
-    flags: list[tuple[str, object]], variables: dict[str, str]
+    flags: list[tuple[str, object]], variables: dict[str, str], secret: object
 ) -> None:
     """Nothing else is raised, and a secret is never repeated."""
     environment = {f"SHARDLEAD_{name.replace('.', '_').upper()}": text for name, text in variables.items()}
-    said = _loaded(environment=environment, flags=[Flag("--set", name, value) for name, value in flags])
-    for name, value in flags:
-        if name in SECRETS and isinstance(value, str) and len(value) > 20:
-            assert value not in said
+    given_flags = [Flag("--set", name, value) for name, value in flags]
+    said = _loaded(environment=environment, flags=[*given_flags, Flag("--set", "store.password", secret)])
+    assert SECRET not in said
 
 
 @examples(100)

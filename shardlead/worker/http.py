@@ -38,6 +38,7 @@ from shardlead.worker.wire import (
     Call,
     announces_body,
     application_error,
+    body_length,
     outcome_unknown,
     problem,
     read_call,
@@ -210,7 +211,7 @@ class Front:
                 f"the key belongs to shard {owner} here, the caller says {call.shard}: it has the ring of another "
                 f"cluster; check its cluster name and store",
             )
-        length = request.content_length
+        length = body_length(request)
         if length is not None and length > self._settings.body_bytes_max:
             detail = f"the body has {length} bytes, this worker takes {self._settings.body_bytes_max}"
             raise RequestError(contract.Problem.TOO_LARGE, detail, status=413)

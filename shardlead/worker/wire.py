@@ -108,6 +108,14 @@ def announces_body(request: web.BaseRequest) -> bool:
     return _EXPECT in request.headers
 
 
+def body_length(request: web.BaseRequest) -> int | None:
+    """Content-Length; None without one. Raises RequestError for one of more digits than Python converts."""
+    try:
+        return request.content_length
+    except ValueError as exc:
+        raise RequestError(contract.Problem.BAD_REQUEST, "Content-Length is not one number") from exc
+
+
 def _expects_continue(request: web.BaseRequest) -> bool:
     """As above, and the expectation is one that can be met. Raises RequestError (417) for another."""
     expected = request.headers.get(_EXPECT)

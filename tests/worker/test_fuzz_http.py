@@ -6,8 +6,10 @@ import logging
 from typing import Final
 from urllib.parse import quote
 
+import aiohttp
 import pytest
 from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from shardlead.errors import RequestError
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.wire import read_call
 from tests.support.fuzz import TEXTS, bent_bytes, cut, examples
-from tests.worker.stage import LOOPS, Stage, peer, play, staged, until, words
+from tests.worker.stage import LOOPS, Handler, Stage, peer, play, staged, until, words
 
 # --- the words ---------------------------------------------------------------------------------------------------
 
@@ -94,17 +96,36 @@ def _drawn(strategy: st.SearchStrategy[list[bytes]], count: int) -> list[list[by
     return found
 
 
+def _few(pieces: list[bytes]) -> list[bytes]:
+    """At most 16 pieces. aiohttp's C parser does not tell a body that its chunks went wrong, and takes each packet
+    behind that for a bad request of its own: after 32 it reads no more, and so does not see the peer leave."""
+    return [*pieces[:15], b"".join(pieces[15:])]
+
+
+class _Everywhere(dict[str, Handler]):
+    """An application that does the same for every path."""
+
+    def __missing__(self, path: str) -> Handler:
+        return _echo
+
+
+async def _echo(lead: Leadership, request: web.Request) -> web.Response:
+    try:
+        body = await request.read()
+    except (web.RequestPayloadError, aiohttp.ClientError, HttpProcessingError) as exc:
+        raise web.HTTPBadRequest from exc
+    return web.Response(body=request.method.encode() + b" " + body)
+
+
 def _answering(stage: Stage) -> None:
-    @stage.on("/x")
-    async def echo(lead: Leadership, request: web.Request) -> web.Response:
-        return web.Response(body=request.method.encode() + b" " + await request.read())
+    stage.script = _Everywhere()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_bent_requests_leave_nothing_behind(loop: str, caplog: pytest.LogCaptureFixture) -> None:
     """No failure is logged, no exception reaches the loop, no connection stays, and others are served."""
     some = st.lists(st.sampled_from(GOOD), min_size=1, max_size=2).map(b"".join)
-    streams = _drawn(some.flatmap(lambda raw: bent_bytes(raw, PIECES)).flatmap(lambda raw: cut(raw, 3)), 80)
+    streams = _drawn(some.flatmap(lambda raw: bent_bytes(raw, PIECES)).flatmap(lambda raw: cut(raw, 3)).map(_few), 80)
     mishaps: list[str] = []
 
     async def main(batch: list[list[bytes]]) -> None:
@@ -126,7 +147,8 @@ def test_bent_requests_leave_nothing_behind(loop: str, caplog: pytest.LogCapture
         play(loop, main(streams[at : at + 40]))
     assert not mishaps
     failures = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert not [record for record in failures if "another ring" not in record.message], failures[0].exc_text
+    failures = [record for record in failures if "another ring" not in record.message]
+    assert not failures, failures[0].exc_text
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -156,5 +178,19 @@ def test_good_requests_are_answered_however_they_are_cut(loop: str) -> None:
                         assert length == int(answers[1].headers["content-length"])
                         if b"HEAD" not in method.rpartition(b"\n")[2]:
                             assert await one.reader.readexactly(length) == await other.reader.readexactly(length)
+
+    play(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_length_of_five_thousand_zeros_is_a_bad_request(loop: str) -> None:
+    """Python converts no number of so many digits; the peer is told, and nothing is taken for our failure."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+            _answering(stage)
+            answer = await router.ask("POST", "/x", {**words(), "Content-Length": "0" * 5_000})
+            assert answer.status == 400
+            assert stage.count("bad-request") == 1
 
     play(loop, main())
