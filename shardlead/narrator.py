@@ -157,7 +157,8 @@ def _name(shards: list[int]) -> str:
     return f"{len(shards)} shards"
 
 
-def _natural(name: str) -> tuple[str, int, str]:
-    """w2 before w10."""
+def _natural(name: str) -> tuple[str, int, str, str]:
+    """w2 before w10; by digits, for Python converts no more than 4,300 of them."""
     stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0), name
+    digits = name[len(stem) :].lstrip("0")
+    return stem, len(digits), digits, name
