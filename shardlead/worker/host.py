@@ -229,6 +229,16 @@ class Host:
         for shard in tuple(self._entries):
             self.feed(shard, ownership.Gone(reason))
 
+    def fenced_off(self, shard: int, epoch: int, reason: str) -> None:
+        """Storage has refused a write under `epoch`, or has not said whether it was done. Whatever else runs under it
+        is over at once: what a late write may yet undo must not be acknowledged. The shard goes on under a new epoch,
+        or to where it was going."""
+        match self.state(shard):
+            case ownership.Serving(own) | ownership.Draining(own) if own == epoch:
+                self.feed(shard, ownership.FencedOff(reason))
+            case _:
+                pass
+
     def feed(self, shard: int, event: ownership.Event) -> None:
         """One event for one shard: the next state is entered and its commands are begun."""
         entry = self._entry(shard)

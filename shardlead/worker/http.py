@@ -25,7 +25,6 @@ from shardlead.clock import NS_PER_S, Clock
 from shardlead.config import WORKER_IDLE_TIMEOUT_S, WorkerSettings
 from shardlead.core import contract
 from shardlead.core.contract import Refused
-from shardlead.core.ownership import FencedOff, Serving
 from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError, WriteUnknown
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.admission import Admitted, Parked, Turned
@@ -273,8 +272,8 @@ class Front:
             tenure.tunnels.discard(gate)
             gate.finish()
             self._duration.observe((self._clock.now_ns() - started_ns) / NS_PER_S)
-        if stale is not None and self._host.state(call.shard) == Serving(call.epoch):
-            self._host.feed(call.shard, FencedOff(str(stale)))  # as for open() and run(): a new epoch, a fresh object
+        if stale is not None:
+            self._host.fenced_off(call.shard, tenure.lead.epoch, str(stale))
         return await self._answer_instead(request, gate, tenure, call, failure)
 
     async def _handle(self, request: web.Request, tenure: Tenure) -> web.StreamResponse:

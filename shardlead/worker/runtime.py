@@ -30,11 +30,13 @@ from shardlead.core.ring import slot_of
 from shardlead.errors import (
     ClusterError,
     ClusterMissing,
+    Fenced,
     KeyspaceError,
     LeadershipLost,
     NotLeading,
     StoreError,
     StoreReplaced,
+    WriteUnknown,
 )
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
@@ -224,6 +226,9 @@ class Worker:
                     if not tenure.is_lost or exc.args != (CANCELLED,) or task.uncancel():
                         raise  # somebody else's cancellation, or theirs too
                     raise LeadershipLost(shard, epoch, "its work was cancelled") from exc
+                except (Fenced, WriteUnknown) as exc:
+                    host.fenced_off(shard, tenure.lead.epoch, str(exc))
+                    raise
                 finally:
                     tenure.leave(task)
             case Turned(reason, own_epoch, leader):

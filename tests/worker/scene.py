@@ -288,6 +288,10 @@ class Scene:
         kv = self.kv(self.keys.leader(shard))
         return decode(LeaderRecord, kv.key, kv.value).worker if kv is not None else ""
 
+    def lead(self, shard: int) -> Leadership:
+        """The last leadership of that shard that an object was made for."""
+        return self._leads[shard]
+
     def leaders(self) -> dict[int, str]:
         return {shard: name for shard in range(SHARDS) if (name := self.leader(shard))}
 

@@ -14,7 +14,7 @@ from shardlead.config import ClusterSettings, LeaseSettings
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
 from shardlead.core.ownership import Due
-from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading
+from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, WriteUnknown
 from shardlead.store.base import Delete, Put
 from shardlead.worker.leadership import Leadership
 from tests.cluster.stage import SHARDS
@@ -108,6 +108,42 @@ def test_a_name_that_comes_back_claws_nothing_back(on_scene: Play) -> None:
 
 
 # --- planned handoff ---
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+@pytest.mark.parametrize("refusal", [WriteUnknown, Fenced])
+def test_a_write_of_unknown_outcome_ends_what_else_runs_under_its_epoch(
+    on_scene: Play, refusal: Any, is_draining: bool
+) -> None:
+    """It may yet be applied, and would undo what another request was told it had written: while serving and, what a
+    simulation found to be forgotten, while draining."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2")
+        epoch = one.epoch(0)
+
+        async def other() -> None:
+            async with one.request(0):
+                await asyncio.Event().wait()
+
+        async def refused() -> None:
+            async with one.request(0) as subject:
+                if is_draining:
+                    await scene.assign({0: ("w2", "w1")})
+                    await asyncio.wait_for(subject.lead.draining.wait(), 5)
+                raise refusal(0, epoch, epoch)
+
+        waiting = asyncio.create_task(other())
+        lead = scene.lead(0)
+        with pytest.raises(refusal):
+            await refused()
+        assert not lead.is_valid(0.0)
+        with pytest.raises(LeadershipLost):
+            await asyncio.wait_for(waiting, 2)
+        await scene.until(lambda: scene.epoch(0) > epoch)
+        await scene.until_serving("w2" if is_draining else "w1", 0)
+
+    on_scene(act)
 
 
 def test_a_planned_move_lets_the_running_request_end_first(on_each: Play) -> None:
