@@ -122,8 +122,11 @@ def test_a_write_of_unknown_outcome_ends_what_else_runs_under_its_epoch(
         one, _ = await led_by_first(scene, "w1", "w2")
         epoch = one.epoch(0)
 
+        entered = asyncio.Event()
+
         async def other() -> None:
             async with one.request(0):
+                entered.set()
                 await asyncio.Event().wait()
 
         async def refused() -> None:
@@ -134,6 +137,7 @@ def test_a_write_of_unknown_outcome_ends_what_else_runs_under_its_epoch(
                 raise refusal(0, epoch, epoch)
 
         waiting = asyncio.create_task(other())
+        await entered.wait()
         lead = scene.lead(0)
         with pytest.raises(refusal):
             await refused()
