@@ -30,6 +30,7 @@ from shardlead.virtual.network import Network
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+ROUNDS_MAX: Final = 5
 WALL_AT_BOOT_S: Final = 1_700_000_000.0
 _MACHINE: contextvars.ContextVar["Machine"] = contextvars.ContextVar("machine")
 
@@ -292,15 +293,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.on_step = None
         for machine in self._machines:
             machine.revive()
-        tasks = sorted(asyncio.all_tasks(self), key=hash)
 
         async def end() -> None:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=timeout_s)
+            me = asyncio.current_task()
+            for _ in range(ROUNDS_MAX):  # what ends may begin something to tidy up
+                tasks = sorted((task for task in asyncio.all_tasks(self) if task is not me), key=hash)
+                if not tasks:
+                    return
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks, timeout=timeout_s)
 
-        if tasks:
-            self.run_until_complete(end())
+        self.run_until_complete(end())
         self.close()
 
     # --- callbacks

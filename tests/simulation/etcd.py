@@ -30,8 +30,10 @@ MEMBERS: Final = 3
 TICK_S: Final = 0.5  # etcd looks for leases that have ended so often
 ELECTION_S: Final = (1.0, 2.0)  # how long there is no leader
 ELECTION_TIMEOUT_S: Final = 1.0
+STALE_MAX: Final = 60  # revisions
 REQUEST_TIMEOUT_S: Final = 7.0  # what etcd itself waits for before it says that it does not know
 PROGRESS_S: Final = 10.0
+LAG_S: Final = (0.0002, 0.004)  # how much later a member applies what the leader has
 REVISIONS_MAX: Final = 3  # in one message of a watch; etcd's own 1,000 would hardly ever be reached here
 UNAVAILABLE: Final = 14
 READS: Final = frozenset({"/v3/kv/range", "/v3/lease/timetolive", "/v3/kv/lease/timetolive"})
@@ -70,8 +72,15 @@ class WatchSide:
     """A watch as its member has it. `send` takes lines; `end` says that the connection is gone."""
 
     def __init__(
-        self, etcd: "Etcd", member: "Member", asked: requests.Watch, send: Callable[[bytes], object], end: Any
-    ):
+        self,
+        etcd: "Etcd",
+        member: "Member",
+        client: str,
+        asked: requests.Watch,
+        send: Callable[[bytes], object],
+        end: Callable[[], object],
+    ) -> None:
+        self.client = client
         self.asked = asked
         self.following = asked.start_revision
         self.is_open = True
@@ -151,7 +160,7 @@ class Member:
         self.watches: dict[WatchSide, None] = {}
         self.is_down = False
         self.is_paused = False
-        self.lag_s = (0.0002, 0.004)
+        self.lag_s = LAG_S
         self.acks_until_ns = 0  # a deposed leader that does not know it yet
         self.waiting: deque[Callable[[], object]] = deque()
         self._etcd = etcd
@@ -170,6 +179,12 @@ class Member:
         self.applied = max(self.applied, revision)
         for watch in tuple(self.watches):
             watch.pump()
+
+    def reset_watches(self, client: str) -> None:
+        """Break off the watches of that client."""
+        for watch in tuple(self.watches):
+            if watch.client == client:
+                watch.break_off()
 
     def go_on(self) -> None:
         """It runs again: it catches up, and what waited for it is done."""
@@ -229,6 +244,12 @@ class Etcd:
         result = self.model.txn(txn)
         self._note(writer)
         return result
+
+    def revoke(self, lease: int) -> None:
+        """By somebody's hand."""
+        if lease in self._leases:
+            self.model.revoke(lease)
+            self._note("operator", is_lease_end=True)
 
     def lease_expiry_ns(self, lease: int) -> int | None:
         """True time at which that lease may end at the earliest, if it is not renewed; None if there is none."""
@@ -295,9 +316,10 @@ class Etcd:
         """That member applies so much later than the others."""
         self.members[index].lag_s = (low_s, high_s)
 
-    def compact(self) -> None:
-        """Forget everything before a revision of the last few."""
-        revision = max(self.model.compacted + 1, self.model.revision - self.rng.randrange(0, 8), 2)
+    def compact(self, *, to_the_last: bool = False) -> None:
+        """Forget everything before the last revision, or one of the last few."""
+        back = 0 if to_the_last else self.rng.randrange(0, 8)
+        revision = max(self.model.compacted + 1, self.model.revision - back, 2)
         if revision <= self.model.revision:
             self.model.compact(revision)
         for member in self.members:
@@ -345,12 +367,19 @@ class Etcd:
             return
         self._decide(path, body, writer, reply)
 
-    def watch(self, index: int, asked: requests.Watch, send: Callable[[bytes], object], end: Any) -> WatchSide | None:
+    def watch(
+        self,
+        index: int,
+        client: str,
+        asked: requests.Watch,
+        send: Callable[[bytes], object],
+        end: Callable[[], object],
+    ) -> WatchSide | None:
         """A watch reaches a member now; None if that member is down."""
         member = self.members[index]
         if member.is_down:
             return None
-        side = WatchSide(self, member, asked, send, end)
+        side = WatchSide(self, member, client, asked, send, end)
         member.watches[side] = None
         if member.is_paused:
             member.waiting.append(side.begin)
@@ -407,7 +436,7 @@ class Etcd:
 
     def _answer_from_the_past(self, body: bytes, reply: Reply) -> None:
         op = requests.parse_range(orjson.loads(body))
-        revision = max(2, self.model.compacted, self.model.revision - self.rng.randrange(1, 12))
+        revision = max(2, self.model.compacted, self.model.revision - self.rng.randrange(1, STALE_MAX))
         revision = min(revision, self.model.revision)
         if not op.revision:
             op = replace(op, revision=revision)

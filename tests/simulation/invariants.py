@@ -8,6 +8,7 @@ frozen clocks may break I3, I4 and what hangs on them (the run's `tolerated`), n
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from shardlead.clock import NS_PER_S
@@ -17,10 +18,13 @@ from shardlead.errors import KeyspaceError
 from tests.simulation.clients import Operation
 
 if TYPE_CHECKING:
+    from tests.simulation.etcd import Applied
     from tests.simulation.processes import WorkerProcess
     from tests.simulation.witness import Tenant, Witness
 
 GRACE_SLACK_S: Final = 0.3
+AUDIT_ROUNDS: Final = 1.1  # of the TTL, at most, from one audit to the next
+BELIEF_EXTRA_S: Final = 4.0  # a call of the audit, a proof by T3, each of which may have to be repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,14 @@ def one_sid_per_epoch(witness: "Witness", tenant: "Tenant") -> None:
     known = witness.sids.setdefault((lead.shard, lead.epoch), tenant.sid)
     if known != tenant.sid:
         witness.fail("I1", f"{tenant}, under which {known} has led")
+
+
+def generation_is_the_stored_one(witness: "Witness", tenant: "Tenant") -> None:
+    """I2, in the moment: whoever leads does so under the generation that was raised, not under an earlier one."""
+    generation = tenant.lead.epoch >> 48
+    stored = witness.world.stored_generation
+    if generation != stored:
+        witness.fail("I2", f"{tenant} is of generation {generation}, after {stored} was raised")
 
 
 def guards_never_overlap(witness: "Witness", shard: int) -> None:
@@ -93,9 +105,25 @@ def handlers_end_in_time(witness: "Witness", tenant: "Tenant") -> None:
 def never_after_given_up(witness: "Witness", tenant: "Tenant", what: str) -> None:
     """I14: after a T4, T5 or T5s was sent, that epoch is never served again by that worker."""
     lead = tenant.lead
-    sent_ns = witness.given_up.get((tenant.process.machine.name, lead.shard, lead.epoch))
+    sent_ns = witness.given_up.get((tenant.process.machine.name, lead.shard, revision_of(lead.epoch)))
     if sent_ns is not None:
         witness.fail("I14", f"{tenant} {what}, though it was given up at {sent_ns / NS_PER_S:.6f} s")
+
+
+def belief_ends(witness: "Witness", tenant: "Tenant") -> None:
+    """I7, the other way round: nobody's guard goes on saying yes for longer than an audit takes to come round after
+    its key is gone or another's, whatever the store acknowledges."""
+    world = witness.world
+    kv = world.etcd.get(world.keyspace.leader(tenant.lead.shard)) if tenant.is_valid else None
+    if not tenant.is_valid or (kv is not None and kv.mod_revision == revision_of(tenant.lead.epoch)):
+        tenant.doubtful_ns = -1
+        return
+    now_ns = tenant.process.lived_ns()
+    if tenant.doubtful_ns < 0:
+        tenant.doubtful_ns = now_ns
+    over_s = (now_ns - tenant.doubtful_ns) / NS_PER_S
+    if over_s > AUDIT_ROUNDS * world.setup.ttl_s + BELIEF_EXTRA_S:
+        witness.fail("I7", f"{tenant} has been believed in for {over_s:.1f} s after its key was gone")
 
 
 def router_never_goes_back(witness: "Witness", router: str, shard: int, epoch: int) -> None:
@@ -121,7 +149,7 @@ def epochs_grow(witness: "Witness") -> None:
     last: dict[int, int] = {}
     for change in witness.world.etcd.history:  # in the order in which the store granted them
         place = witness.world.keyspace.parse(change.key)
-        if place is not None and place.kind == "leader" and change.value is not None:
+        if place is not None and place.kind == "leaders" and change.value is not None:
             granted.setdefault(place.shard, []).append((change.true_ns, change.revision))
     led: dict[tuple[int, int], int] = {}  # what leaders made of it: their epoch, generation included
     for shard, epoch in witness.sids:
@@ -142,7 +170,7 @@ def nobody_else_touches(witness: "Witness") -> None:
     holders: dict[int, str] = {}  # shard -> worker named
     for change in world.etcd.history:
         place = world.keyspace.parse(change.key)
-        if place is None or place.kind != "leader":
+        if place is None or place.kind != "leaders":
             continue
         holder = holders.get(place.shard)
         by = change.writer.partition("#")[0]
@@ -152,13 +180,43 @@ def nobody_else_touches(witness: "Witness") -> None:
                 witness.fail("I13", f"{change.writer} deleted leaders/{place.shard} of {holder}")
             holders.pop(place.shard, None)
             continue
-        try:
-            record = decode(LeaderRecord, change.key, change.value)
-        except KeyspaceError:
-            continue
         if holder is not None and by != holder:
             witness.fail("I13", f"{change.writer} overwrote leaders/{place.shard} of {holder}")
-        holders[place.shard] = record.worker
+        holders[place.shard] = _worker_of(change)
+
+
+def handed_to_a_want(witness: "Witness") -> None:
+    """I10, first half: a leadership is passed on only to a worker whose want for it stands."""
+    world = witness.world
+    holders: dict[int, str] = {}
+    wants: set[tuple[str, int]] = set()  # (addressee, shard)
+    for _, changes in groupby(world.etcd.history, key=lambda change: (change.revision, change.true_ns)):
+        together = [(change, world.keyspace.parse(change.key)) for change in changes]
+        for change, place in together:
+            if place is None or place.kind != "leaders":
+                continue
+            if change.value is None:
+                holders.pop(place.shard, None)
+                continue
+            worker = _worker_of(change)
+            by = change.writer.partition("#")[0]
+            before = holders.get(place.shard)
+            if before == by and worker not in ("", by) and (by, place.shard) not in wants:
+                witness.fail("I10", f"{change.writer} handed shard {place.shard} to {worker}, whose want did not stand")
+            holders[place.shard] = worker
+        for change, place in together:
+            if place is not None and place.kind == "wants":
+                if change.value is None:
+                    wants.discard((place.worker, place.shard))
+                else:
+                    wants.add((place.worker, place.shard))
+
+
+def _worker_of(change: "Applied") -> str:
+    try:
+        return decode(LeaderRecord, change.key, change.value or b"").worker
+    except KeyspaceError:
+        return ""
 
 
 def fence_holds(witness: "Witness") -> None:
@@ -196,7 +254,14 @@ def executed_once(witness: "Witness") -> None:
             witness.fail("I10", f"{operation} was executed")
 
 
-AT_THE_END: Final = (epochs_grow, nobody_else_touches, fence_holds, nothing_acknowledged_is_lost, executed_once)
+AT_THE_END: Final = (
+    epochs_grow,
+    nobody_else_touches,
+    handed_to_a_want,
+    fence_holds,
+    nothing_acknowledged_is_lost,
+    executed_once,
+)
 
 
 def list_history_faults(operations: Sequence[Operation], final: Sequence[str]) -> list[str]:

@@ -5,15 +5,19 @@ that do everything), and when, to whom and for how long from the seed.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from shardlead.clock import NS_PER_S
+from shardlead.cluster import bootstrap
 from shardlead.core.keyspace import encode
 from shardlead.core.model import Wish
+from shardlead.errors import ShardleadError
 from shardlead.store.base import Delete, Put, Txn
+from tests.simulation.etcd import LAG_S
 from tests.simulation.processes import RouterProcess, WorkerProcess
 
 if TYPE_CHECKING:
@@ -317,6 +321,43 @@ async def scale_out(nemesis: Nemesis) -> None:
         await _ended(process, world.settings.worker.shutdown_timeout_s + 10.0)
 
 
+async def delete_leader(nemesis: Nemesis) -> None:
+    """Somebody's hand deletes a leader key, against every rule."""
+    world = nemesis.world
+    shard = nemesis.rng.randrange(world.shards)
+    nemesis.say(f"deletes leaders/{shard} by hand")
+    nemesis.write(Delete(world.keyspace.leader(shard)))
+
+
+async def raise_generation(nemesis: Nemesis) -> None:
+    """As after a restore: all workers stop, the generation is raised, workers start; one of them began too early,
+    with the old generation, and stood still meanwhile."""
+    world = nemesis.world
+    if "fleet" in nemesis.busy or any(process.name in nemesis.busy for process in world.living):
+        return
+    with contextlib.ExitStack() as stack:
+        for name in ("fleet", *world.workers):
+            stack.enter_context(nemesis.seize(name))
+        for process in world.living:
+            process.stop()
+        for process in tuple(world.workers.values()):
+            await _ended(process, world.settings.worker.shutdown_timeout_s + 10.0)
+        early = world.start_worker(world.founders[0])
+        await nemesis.lasts(0.0, 0.01)
+        early.pause()
+        async with world.store(world.operator) as store:
+            try:
+                meta = await world.operator.spawn(bootstrap.raise_generation(store, world.keyspace))
+                nemesis.say(f"raises the generation to {meta.generation}")
+            except ShardleadError as exc:
+                nemesis.say(f"cannot raise the generation: {exc}")
+        for name in world.founders[1:]:
+            world.start_worker(name)
+        await nemesis.lasts(0.0, 6.0)
+        early.resume()
+        await nemesis.lasts(1.0, 3.0)
+
+
 # --- etcd ------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +406,47 @@ async def compact(nemesis: Nemesis) -> None:
     nemesis.world.etcd.compact()
 
 
+async def lag_member(nemesis: Nemesis) -> None:
+    """One member applies late what the others have long applied: its watches tell old news."""
+    etcd, rng = nemesis.world.etcd, nemesis.rng
+    index = rng.randrange(len(etcd.members))
+    nemesis.say(f"etcd's member {index} lags")
+    etcd.lag(index, 0.1, rng.uniform(0.2, 2.0))
+    await nemesis.lasts(1.0, 8.0)
+    etcd.lag(index, *LAG_S)
+
+
+async def cut_over_compaction(nemesis: Nemesis) -> None:
+    """A router or worker hears nothing while keys go and the history of their going is compacted away."""
+    world, rng = nemesis.world, nemesis.rng
+    deaf, other = (nemesis.router() if rng.random() < 0.5 else nemesis.worker()), nemesis.worker()
+    if deaf is None or other is None or deaf is other:
+        return
+    with nemesis.seize(deaf.name), nemesis.seize(other.name):
+        nemesis.say(f"cuts {deaf.machine.name} from etcd over a compaction")
+        for member in range(len(world.etcd.members)):
+            world.etcd.cut(deaf.machine.address, member, "both")
+        other.crash()
+        await nemesis.lasts(1.0, 2.0)
+        for each in world.etcd.members:  # a connection that is cut for long is reset, so that its watch begins anew
+            each.reset_watches(deaf.machine.name)
+        world.start_worker(other.name)
+        await nemesis.lasts(5.0, 7.0)
+        world.etcd.compact(to_the_last=True)
+        for member in range(len(world.etcd.members)):
+            world.etcd.heal(deaf.machine.address, member, "both")
+
+
+async def revoke_lease(nemesis: Nemesis) -> None:
+    """Somebody's hand revokes a living worker's lease."""
+    world, process = nemesis.world, nemesis.worker()
+    session = process.worker.session if process is not None else None
+    if session is None:
+        return
+    nemesis.say(f"revokes the lease of {session.name} by hand")
+    world.etcd.revoke(session.lease)
+
+
 async def cut_from_etcd(nemesis: Nemesis) -> None:
     """One process and one or all members do not reach each other, or only one way."""
     world, rng = nemesis.world, nemesis.rng
@@ -403,11 +485,16 @@ DEEDS: Final[Mapping[str, Deed]] = {
         cordon,
         freeze_moves,
         scale_out,
+        delete_leader,
+        raise_generation,
         change_etcd_leader,
         lose_quorum,
         restart_etcd,
         stop_member,
         compact,
+        lag_member,
+        cut_over_compaction,
+        revoke_lease,
         cut_from_etcd,
     )
 }

@@ -18,7 +18,6 @@ from shardlead.cluster.session import Session
 from shardlead.cluster.view import View
 from shardlead.controller.controller import Controller
 from shardlead.core.keyspace import Keyspace
-from shardlead.core.model import epoch_of
 from shardlead.core.shardmap import Delta
 from shardlead.errors import LeaseGone, ShardleadError, StoreError
 from shardlead.metrics import ControllerMetrics, WorkerMetrics
@@ -54,8 +53,8 @@ class NotingStore(EtcdStore):
     async def commit(self, txn: Txn) -> Outcome:
         world = self._world
         for shard, revision in _given_up(txn, world.keyspace):
-            world.witness.gives_up(self._name, shard, epoch_of(world.generation, revision))
-        outcome = await super().commit(txn)
+            world.witness.gives_up(self._name, shard, revision)
+        outcome = await super().commit(world.tamper(self._name, txn))
         if world.is_tracing:
             world.say(self._name, f"txn {world.shown(txn)}: {type(outcome).__name__}")
         return outcome
@@ -68,7 +67,7 @@ def _given_up(txn: Txn, keyspace: Keyspace) -> list[tuple[int, int]]:
     for compare in txn.compares:
         if compare.target is Target.MOD and compare.key in written and compare.operand:
             place = keyspace.parse(compare.key)
-            if place is not None and place.kind == "leader":
+            if place is not None and place.kind == "leaders":
                 assert isinstance(compare.operand, int)
                 found.append((place.shard, compare.operand))
     for op in txn.success:

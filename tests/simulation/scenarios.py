@@ -53,7 +53,10 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     ),
     "store": Scenario(
         "etcd changes its leader, loses its quorum, restarts, compacts; members stop or lag.",
-        ("change_etcd_leader", "lose_quorum", "restart_etcd", "stop_member", "compact", "kill", "restart", "drain"),
+        (
+            *("change_etcd_leader", "lose_quorum", "restart_etcd", "stop_member", "compact", "kill", "restart"),
+            *("drain", "raise_generation", "lag_member", "cut_over_compaction"),
+        ),
         Setup(drift=0.009),
     ),
     "everything": Scenario(
@@ -62,7 +65,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             *("kill", "lose_machine", "restart", "pause", "stall", "kill_router", "pause_router", "cut_from_etcd"),
             *("cut_from_routers", "reset_connections", "slow_network", "trouble_storage", "trouble_open", "move"),
             *("drain", "cordon", "freeze_moves", "scale_out", "change_etcd_leader", "lose_quorum", "restart_etcd"),
-            *("stop_member", "compact"),
+            *("stop_member", "compact", "lag_member", "cut_over_compaction"),
         ),
         Setup(link=replace(LOSSY, late=0.03), drift=0.009, storage=StorageFaults(slow=0.05, late=0.03, lost=0.01)),
         mean_pause_s=1.5,

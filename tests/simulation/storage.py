@@ -60,11 +60,12 @@ class Storage:
     is_fenced: bool = True
     faults: StorageFaults = field(default_factory=StorageFaults)
     reads_lock_fence: bool = True  # switched off by an ablation: the fence row is read without a lock
+    registers_by_write: bool = False  # by another one: a write registers its epoch, and nothing else does
     registered: dict[int, int] = field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
     accepted: list[Accepted] = field(default_factory=list)
     refused: int = 0
-    on_accepted: Callable[[Accepted], object] = lambda _: None
+    say: Callable[[str, str], object] = lambda *_: None
 
     # --- what a leader asks
 
@@ -100,6 +101,7 @@ class Storage:
             self.refused += 1
             raise Refused(known)
         self.registered[shard] = epoch
+        self.say("storage", f"shard {shard}: registers epoch {epoch}")
 
     def _load(self, shard: int, epoch: int, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         self._check(shard, epoch)
@@ -107,15 +109,19 @@ class Storage:
 
     def _check(self, shard: int, epoch: int) -> None:
         known = self.registered.get(shard, 0)
+        if self.registers_by_write and known < epoch:
+            return
         if self.is_fenced and known != epoch:
             self.refused += 1
             raise Refused(known)
 
     def _put(self, shard: int, epoch: int, key: str, value: tuple[str, ...]) -> None:
+        if self.registers_by_write:
+            self.registered[shard] = epoch
         self.values[key] = value
+        self.say("storage", f"shard {shard} epoch {epoch}: {key} = {' '.join(value)}")
         done = Accepted(self.loop.true_ns(), shard, epoch, key, value)
         self.accepted.append(done)
-        self.on_accepted(done)
 
     # --- the way there and back
 

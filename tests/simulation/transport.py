@@ -170,7 +170,7 @@ class SimStream:
         """The request for the watch reaches its member."""
         if self._is_closed or self._etcd.is_cut(self._machine.address, self._index, "there"):
             return
-        self._side = self._etcd.watch(self._index, asked, self._send, lambda: self._send(None))
+        self._side = self._etcd.watch(self._index, self._machine.name, asked, self._send, lambda: self._send(None))
         if self._side is None:
             self._send(None)
 

@@ -29,6 +29,7 @@ class Tenant:
     is_open: bool = False
     is_closed: bool = False
     handlers: int = 0
+    doubtful_ns: int = -1  # when its key was first seen to be gone or another's, while its guard says yes
     lost_local_ns: int = -1  # by its machine's own clock, when the loss was first seen
 
     def __str__(self) -> str:
@@ -48,7 +49,7 @@ class Witness:
     violations: list[Violation] = field(default_factory=list)
     tenants: dict[int, list[Tenant]] = field(default_factory=dict)  # per shard, those not seen ended
     sids: dict[tuple[int, int], str] = field(default_factory=dict)  # (shard, epoch) -> who led under it
-    given_up: dict[tuple[str, int, int], int] = field(default_factory=dict)  # (process, shard, epoch) -> when sent
+    given_up: dict[tuple[str, int, int], int] = field(default_factory=dict)  # (process, shard, revision) -> when sent
     router_epochs: dict[tuple[str, int], int] = field(default_factory=dict)
     leaderships: int = 0
     requests: int = 0
@@ -74,6 +75,7 @@ class Witness:
         self.leaderships += 1
         self.world.say(process.machine.name, f"leads shard {lead.shard} epoch {lead.epoch}")
         invariants.one_sid_per_epoch(self, tenant)
+        invariants.generation_is_the_stored_one(self, tenant)
         invariants.never_after_given_up(self, tenant, "opens")
         others = self.tenants.setdefault(lead.shard, [])
         others[:] = [other for other in others if not (other.lead.is_lost or other.process.machine.is_crashed)]
@@ -115,18 +117,22 @@ class Witness:
         tenant.handlers -= 1
         invariants.handlers_end_in_time(self, tenant)
 
-    def looked_at(self) -> None:
-        """Now and then: which handlers outlive their leadership."""
+    def look(self) -> None:
+        """Now and then: which handlers outlive their leadership, and who believes in a key that is gone."""
         for tenants in self.tenants.values():
             for tenant in tenants:
-                if tenant.handlers and not tenant.process.machine.is_crashed:
+                machine = tenant.process.machine
+                if machine.is_crashed or machine.is_paused:
+                    continue
+                if tenant.handlers:
                     invariants.handlers_end_in_time(self, tenant)
+                invariants.belief_ends(self, tenant)
 
     # --- transactions and routing
 
-    def gives_up(self, process: str, shard: int, epoch: int) -> None:
-        """A T4, T5 or T5s for this epoch is about to be sent."""
-        self.given_up.setdefault((process, shard, epoch), self.world.loop.true_ns())
+    def gives_up(self, process: str, shard: int, revision: int) -> None:
+        """A T4, T5 or T5s for this leadership is about to be sent."""
+        self.given_up.setdefault((process, shard, revision), self.world.loop.true_ns())
 
     def router_saw(self, router: str, shard: int, epoch: int) -> None:
         key = (router, shard)

@@ -8,7 +8,7 @@ import asyncio
 import random
 import traceback
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -23,7 +23,7 @@ from shardlead.config import (
     StoreSettings,
     WorkerSettings,
 )
-from shardlead.core.keyspace import Keyspace, encode
+from shardlead.core.keyspace import Keyspace, decode, encode
 from shardlead.core.model import Meta
 from shardlead.core.ring import SlotTable, build_table, encode_table, slot_count_for, slot_of, table_crc
 from shardlead.store.base import Compare, Delete, KeyValue, Put, Txn
@@ -43,6 +43,7 @@ CLUSTER: Final = "sim"
 KEYS: Final = 12
 START_WITHIN_S: Final = 20.0
 LOOK_S: Final = 0.1
+WITNESS_S: Final = 0.5
 STEPS_MAX: Final = 300_000  # ordinary runs take 15,000
 _TABLES: dict[int, SlotTable] = {}
 
@@ -56,6 +57,7 @@ class Setup:
     routers: int = 2
     clients: int = 3
     ttl_s: int = 4
+    try_timeout_s: float = 0.7
     drift: float = 0.0  # the machines' clocks run so much faster or slower, at most
     fenced: bool = True
     link: LinkFaults = field(default_factory=LinkFaults)
@@ -69,7 +71,9 @@ def settings_of(setup: Setup, endpoints: Sequence[str]) -> Settings:
     """The fleet's settings: production's, but shorter."""
     return Settings(
         cluster=ClusterSettings(name=CLUSTER, shards=setup.shards),
-        store=StoreSettings(endpoints=tuple(endpoints), try_timeout_s=0.7, call_timeout_s=3.0, watch_silence_s=6.0),
+        store=StoreSettings(
+            endpoints=tuple(endpoints), try_timeout_s=setup.try_timeout_s, call_timeout_s=3.0, watch_silence_s=6.0
+        ),
         lease=LeaseSettings(ttl_s=setup.ttl_s, renew_interval_s=setup.ttl_s * 0.28, margin_s=0.5),
         worker=WorkerSettings(
             drain_timeout_s=2.0,
@@ -105,7 +109,6 @@ class World:
         self.loop.on_step = self._stepped
         self.trace: list[str] = []
         self.shards = setup.shards
-        self.generation = 0
         self.tolerated = setup.tolerated
         self.is_fenced = setup.fenced
         self.keyspace = Keyspace(CLUSTER)
@@ -122,9 +125,10 @@ class World:
         )
         self.settings = settings_of(setup, self.etcd.endpoints)
         storage_machine = self.loop.machine("storage")
-        self.storage = Storage(
-            self.loop, storage_machine, random.Random(self.rng.getrandbits(64)), setup.fenced, setup.storage
-        )
+        self.storage = Storage(self.loop, storage_machine, random.Random(self.rng.getrandbits(64)), setup.fenced)
+        self.link = LinkFaults()
+        if is_tracing:
+            self.storage.say = self.say
         self.witness = Witness(self)
         self.workers: dict[str, WorkerProcess] = {}
         self.processes: dict[Machine, WorkerProcess] = {}
@@ -139,6 +143,7 @@ class World:
         self._indexed = 0
         self.founders = tuple(f"w{number + 1}" for number in range(setup.workers))
         self.is_over = False
+        self.tamper: Callable[[str, Txn], Txn] = lambda _, txn: txn  # what an ablation does to a process's transactions
         self.client_machine = self.loop.machine("clients")
         self.operator = self.loop.machine("operator")
 
@@ -169,12 +174,22 @@ class World:
         """The clients' keys of that shard."""
         return tuple(key for key in self.keys if self.shard_of(key) == shard)
 
+    @property
+    def stored_generation(self) -> int:
+        """What an operator has raised it to."""
+        kv = self.etcd.get(self.keyspace.meta)
+        assert kv is not None
+        return decode(Meta, kv.key, kv.value).generation
+
+    def is_leader_key(self, key: bytes) -> bool:
+        return key.startswith(self.keyspace.leaders)
+
     def shard_of(self, key: str) -> int:
         return self.table[slot_of(key.encode(), len(self.table), False)]
 
     def store(self, machine: Machine) -> NotingStore:
         """The shipped client of the store, for a process on that machine."""
-        transport = SimTransport(machine, self.etcd, random.Random(self.rng.getrandbits(64)), self.setup.link)
+        transport = SimTransport(machine, self.etcd, random.Random(self.rng.getrandbits(64)), self.link)
         self.transports.append(transport)
         store = NotingStore(
             self.settings.store, clock=machine.clock, rng=random.Random(self.rng.getrandbits(64)), transport=transport
@@ -230,6 +245,7 @@ class World:
 
     async def begin(self) -> None:
         """Start everything, and wait until every shard is served and the routers know."""
+        self.loop.observer.spawn(self._look(), "witness")
         self.create_cluster()
         for name in self.founders:
             self.start_worker(name)
@@ -237,6 +253,7 @@ class World:
             self.start_router(f"r{number + 1}")
         if not await self.until_whole(START_WITHIN_S):
             self.witness.fail("I9", f"not whole {START_WITHIN_S} s after the start: {self.what_is_missing()}")
+        self._set_faults(self.setup.storage, self.setup.link)
         for number in range(self.setup.clients):
             client = Client(
                 self.loop,
@@ -249,6 +266,16 @@ class World:
             )
             self.clients.append(client)
             self._client_tasks.append(self.client_machine.spawn(client.run(), client.name))
+
+    def _set_faults(self, storage: StorageFaults, link: LinkFaults) -> None:
+        self.storage.faults, self.link = storage, link
+        for transport in self.transports:
+            transport.faults = link
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(WITNESS_S)
+            self.witness.look()
 
     def _router_addresses(self) -> list[tuple[str, int]]:
         return [address for router in self.routers.values() if (address := router.address) is not None]
@@ -289,10 +316,7 @@ class World:
 
     def heal(self) -> None:
         """Nothing is lost or late any more. What deeds have done is undone by themselves."""
-        self.storage.faults = StorageFaults()
-        for transport in self.transports:
-            transport.faults = LinkFaults()
-        self.setup = replace(self.setup, link=LinkFaults())
+        self._set_faults(StorageFaults(), LinkFaults())
         for name in self.founders:
             if not self.workers[name].is_alive:
                 self.start_worker(name)
@@ -308,7 +332,6 @@ class World:
             operation = await self.client_machine.spawn(client.act(key, is_read=True))
             if operation.outcome != "ok":
                 self.witness.fail("I9", f"the last read of {key} failed: {operation}")
-        self.witness.looked_at()
         for check in invariants.AT_THE_END:
             check(self.witness)
         for error in self.loop.errors:
