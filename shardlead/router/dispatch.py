@@ -68,7 +68,7 @@ class Dispatch:
         self._settings = settings
         self._view = view
         self._clock = clock
-        self._tunnels: dict[int, set[Exchange]] = {}
+        self._tunnels: dict[int, dict[Exchange, None]] = {}  # the inner ones are sets that keep their order
         self._keyless = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._unsubscribe: Callable[[], None] = view.subscribe(self._on_delta)
@@ -155,7 +155,7 @@ class Dispatch:
             tunnels = self._tunnels.get(exchange.shard)
             if tunnels is not None and exchange in tunnels:
                 counts.tunnels -= 1
-                tunnels.discard(exchange)
+                del tunnels[exchange]
                 if not tunnels:
                     del self._tunnels[exchange.shard]
         counts.request_durations.add((self._clock.now_ns() - exchange.since_ns) / NS_PER_S)
@@ -163,7 +163,7 @@ class Dispatch:
     def tunnelled(self, exchange: Exchange) -> None:
         """It has become a tunnel, which closes when its shard moves."""
         self.counts.tunnels += 1
-        self._tunnels.setdefault(exchange.shard, set()).add(exchange)
+        self._tunnels.setdefault(exchange.shard, {})[exchange] = None
 
     # --- carrying out
 
@@ -404,15 +404,15 @@ class Dispatch:
     # --- news
 
     def _on_delta(self, delta: Delta) -> None:
-        touched: set[str] = set()
+        touched: dict[str, None] = {}  # a set that keeps its order
         for change in delta.leaders:
             gate = self.gates.get(change.shard)
             if gate is not None:
                 self._reconsider(gate)
             if change.before is not None:
-                touched.add(change.before.worker)
+                touched[change.before.worker] = None
             if change.after is not None:
-                touched.add(change.after.worker)
+                touched[change.after.worker] = None
             for exchange in tuple(self._tunnels.get(change.shard, ())):
                 if (
                     exchange.state == TUNNEL
@@ -425,7 +425,7 @@ class Dispatch:
                 self._reconsider(gate)
         for name, sid in delta.workers_gone:
             self.pools.session_ended(name, sid)
-        touched.update(change.name for change in delta.workers_changed)
+        touched.update((change.name, None) for change in delta.workers_changed)
         for name in touched:
             for pool in self.pools.of(name):
                 for taker in tuple(pool.waiting):  # no use in waiting for a connection to a leader of the past

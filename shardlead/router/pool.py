@@ -38,7 +38,7 @@ class Pool:
         self.worker = worker
         self.address = address
         self.idle: list[Upstream] = []  # last used, first taken
-        self.busy: set[Upstream] = set()
+        self.busy: dict[Upstream, None] = {}  # a set that keeps its order
         self.waiting: deque[Taker] = deque()
         self.is_leaving = False
         self.now_s = 0.0
@@ -69,7 +69,7 @@ class Pool:
                 connection.close()
                 continue
             connection.taker = taker
-            self.busy.add(connection)
+            self.busy[connection] = None
             taker.connected(connection)
             return
         self.waiting.append(taker)
@@ -85,7 +85,7 @@ class Pool:
 
     def give_back(self, connection: Upstream) -> None:
         """An answer was received whole."""
-        self.busy.discard(connection)
+        self.busy.pop(connection, None)
         if not (connection.is_reusable and connection.is_sent):
             connection.close()
             self._open_more()
@@ -100,7 +100,7 @@ class Pool:
 
     def forget(self, connection: Upstream) -> None:
         """The connection has ended."""
-        self.busy.discard(connection)
+        self.busy.pop(connection, None)
         if connection in self.idle:
             self.idle.remove(connection)
         if self.waiting:
@@ -135,7 +135,7 @@ class Pool:
         connection.is_used = True
         taker = self.waiting.popleft()
         connection.taker = taker
-        self.busy.add(connection)
+        self.busy[connection] = None
         taker.connected(connection)
 
     def _open_more(self) -> None:
@@ -159,7 +159,7 @@ class Pool:
                 self.waiting.popleft().not_connected()
         elif self.waiting:
             taker = connection.taker = self.waiting.popleft()
-            self.busy.add(connection)
+            self.busy[connection] = None
             taker.connected(connection)
         elif self.is_leaving:
             connection.close()

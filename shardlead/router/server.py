@@ -57,7 +57,7 @@ class Router:
         self._share_port = share_port
         self._desk: Dispatch | None = None
         self._server: asyncio.Server | None = None
-        self._connections: set[Downstream] = set()
+        self._connections: dict[Downstream, None] = {}  # a set that keeps its order
         self._peers: Counter[str] = Counter()
         self._number = 0
         self._task: asyncio.Task[None] | None = None
@@ -187,7 +187,7 @@ class Router:
         return self._number
 
     def admit(self, connection: Downstream, peer: str) -> str:
-        self._connections.add(connection)
+        self._connections[connection] = None
         self._peers[peer] += 1
         self.counts.client_connections += 1
         if len(self._connections) > self.settings.connections_max:
@@ -198,7 +198,7 @@ class Router:
 
     def forget(self, connection: Downstream, peer: str) -> None:
         if connection in self._connections:
-            self._connections.discard(connection)
+            del self._connections[connection]
             self.counts.client_connections -= 1
             self._peers[peer] -= 1
             if not self._peers[peer]:
