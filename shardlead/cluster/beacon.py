@@ -17,13 +17,13 @@ from shardlead.cluster.courier import Courier, Ticked, TickLost
 from shardlead.cluster.mail import FleetView
 from shardlead.core import duties
 from shardlead.core.fleet import Fleet
+from shardlead.core.model import TICK_S
 from shardlead.errors import StoreError
 from shardlead.store.mirror import Mirror
 
 log = logging.getLogger("shardlead.beacon")
 
 LOAD_TIMEOUT_S: Final = 10.0
-TICK_S: Final = 2.0  # a tick older than this (and up to a fifth more) is renewed by whoever sees it
 TICK_SEEN_S: Final = 1.0  # a tick that was written must come back by the watch within this
 TICK_LOOK_S: Final = 0.02
 RETRY_S: Final = 0.1

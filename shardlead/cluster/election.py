@@ -105,10 +105,10 @@ class Election:
     ) -> tuple[dict[int, ClaimAnswer], tuple[int, ...]]:
         """Set aside the shards whose leaders keep failing; the others may be claimed now.
 
-        `since` is another machine's wall clock: it can shorten the brake and never lengthen it, which is counted
-        here, from when this history was first seen.
+        The cluster's tick, which does not count every second, can shorten the brake and never lengthen it, which is
+        counted here, from when this history was first seen.
         """
-        now_s, now_ns = self._clock.wall_s(), self._clock.now_ns()
+        now_ns = self._clock.now_ns()
         answers: dict[int, ClaimAnswer] = {}
         for shard, (history, revision) in former.items():
             brake_s = duties.brake_s(history.short_tenures) if history is not None else 0.0
@@ -117,7 +117,7 @@ class Election:
                 continue
             seen_revision, until_ns = self._brakes.get(shard, (0, 0))
             if seen_revision != revision:
-                wait_s = min(brake_s, history.since + brake_s - now_s)
+                wait_s = brake_s - duties.passed_s(self._histories.ticks_since(history))
                 until_ns = now_ns + int(wait_s * NS_PER_S)
                 self._brakes[shard] = (revision, until_ns)
             if until_ns > now_ns:

@@ -6,12 +6,12 @@ as none, and the guard on its revision still holds.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
 
 from shardlead.clock import Clock
 from shardlead.cluster.batch import read_many
+from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode
 from shardlead.core.model import PREVIOUS_MAX, History, PastLeader
 from shardlead.errors import KeyspaceError
@@ -19,15 +19,15 @@ from shardlead.store.base import Store
 
 log = logging.getLogger("shardlead.history")
 
-SHORT_TENURE_S: Final = 10.0  # a tenure that ends without a clean close sooner than this counts as short
-
 
 class Histories:
     """The histories of one session's shards."""
 
-    def __init__(self, store: Store, keyspace: Keyspace, *, clock: Clock) -> None:
+    def __init__(self, store: Store, keyspace: Keyspace, *, tick: Callable[[], int], clock: Clock) -> None:
+        """`tick`: the cluster's tick as it is known now."""
         self._store = store
         self._keys = keyspace
+        self._tick = tick
         self._clock = clock
         self._kept: dict[int, History] = {}
 
@@ -60,13 +60,22 @@ class Histories:
                 found[shard] = (None, kv.mod_revision)
         return found
 
+    @property
+    def tick(self) -> int:
+        """The cluster's tick as it is known now."""
+        return self._tick()
+
+    def ticks_since(self, history: History) -> int:
+        """How many times the cluster has ticked since that was written."""
+        return self.tick - history.tick
+
     def next(self, former: tuple[History | None, int], reason: str, worker: str, sid: str, ttl_s: float) -> History:
         """What is remembered from now on: the present tenure and how the former one ended."""
         before, revision = former
         now_s = self._clock.wall_s()
         if before is None:
-            return History(worker=worker, sid=sid, since=now_s, reason=reason, clean=True, ttl_s=ttl_s)
-        is_short = not before.ended and now_s - before.since < SHORT_TENURE_S
+            return History(worker, sid, now_s, reason, clean=True, tick=self.tick, ttl_s=ttl_s)
+        is_short = not before.ended and duties.is_short(self.ticks_since(before), before.short_tenures)
         past = PastLeader(before.worker, revision, before.since)
         return replace(
             before,
@@ -77,6 +86,7 @@ class Histories:
             clean=before.ended and before.clean,
             short_tenures=before.short_tenures + 1 if is_short else before.short_tenures if before.ended else 0,
             ended=False,
+            tick=self.tick,
             ttl_s=ttl_s,
             previous=(past, *before.previous)[:PREVIOUS_MAX],
         )

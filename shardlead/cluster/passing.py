@@ -81,6 +81,7 @@ class Passing:
                 reason=why,
                 clean=is_clean,
                 ended=True,
+                tick=self._histories.tick,
                 short_tenures=(history.short_tenures + 1 if history else 1) if is_failure else 0,
             )
             writes: tuple[Op, ...] = (Delete(keys.leader(shard)), Put(keys.history(shard), encode(ended)))

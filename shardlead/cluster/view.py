@@ -16,6 +16,7 @@ from typing import Final
 
 from shardlead.clock import NS_PER_S, Clock
 from shardlead.core.keyspace import Keyspace, Place
+from shardlead.core.model import TICK_S
 from shardlead.core.shardmap import Delta, Fact, ShardMap, read_fact
 from shardlead.errors import ClusterMissing, KeyspaceError, StoreError
 from shardlead.store.base import KeyValue, Range, Store, prefix_end
@@ -23,7 +24,6 @@ from shardlead.store.mirror import Change, Mirror
 
 log = logging.getLogger("shardlead.view")
 
-TICK_PERIOD_S: Final = 2.0
 ON_ITS_WAY_S: Final = 0.5  # how long the watch may take to tell what a read has told
 SILENT_PERIODS: Final = 3  # without a tick: then the store is asked
 BAD_KEYS_MAX: Final = 10_000  # remembered so as to be logged once; beyond it, foreign records go unlogged
@@ -77,7 +77,7 @@ class View:
     @property
     def is_fresh(self) -> bool:
         """Whether the tick was heard (or the store asked) within three periods. Not a promise that nothing changed."""
-        return self.age_s <= SILENT_PERIODS * TICK_PERIOD_S
+        return self.age_s <= SILENT_PERIODS * TICK_S
 
     def subscribe(self, callback: Callable[[Delta], None]) -> Callable[[], None]:
         """Call `callback` with every later change, synchronously and in order; it must not raise. Returns what ends
@@ -107,7 +107,7 @@ class View:
     async def _doubt(self) -> None:
         """When no tick was heard for three periods, find out who sleeps."""
         while True:
-            await asyncio.sleep(TICK_PERIOD_S * self._rng.uniform(0.4, 0.6))
+            await asyncio.sleep(TICK_S * self._rng.uniform(0.4, 0.6))
             if self._mirror.is_loaded and not self.is_fresh:
                 await self._ask()
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from shardlead.core.fleet import Fleet
-from shardlead.core.model import Assignment
+from shardlead.core.model import TICK_S, Assignment
 
 RANK_STEP_S: Final = 0.25  # the next in order waits so long for the one before it
 EVENNESS: Final = "evenness"  # how the reason of an order begins that only evenness asks for
 BRAKE_MAX_S: Final = 60.0
+SHORT_TENURE_S: Final = 10.0
 BRAKE_FREE: Final = 2  # so many short tenures in a row are nothing yet
 
 
@@ -106,6 +107,19 @@ def heirs(shard: int, order: Order | None, fleet: Fleet, me: str) -> tuple[str, 
 def orphans(missing: Iterable[int], missing_before: Collection[int]) -> tuple[int, ...]:
     """Shards without a leader at this tick and at the one before: nobody is about to claim them."""
     return tuple(shard for shard in missing if shard in missing_before)
+
+
+def passed_s(ticks: int) -> float:
+    """The least time in which the cluster's tick went on by so many. Wall clocks of two machines do not compare; the
+    tick is one for all, and stands still while no worker lives, when nobody could fail either."""
+    return max(0, ticks - 1) * TICK_S
+
+
+def is_short(ticks: int, short_tenures: int) -> bool:
+    """Whether a tenure that nobody closed was so short that its shard may be to blame: it ended within SHORT_TENURE_S
+    of its start. What is known is only how many ticks lie between its start and the next claim, which its own brake
+    may have put off; so one that follows `short_tenures` of its kind must last longer to be forgiven."""
+    return passed_s(ticks) < SHORT_TENURE_S + brake_s(short_tenures)
 
 
 def brake_s(short_tenures: int) -> float:

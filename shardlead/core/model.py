@@ -97,7 +97,7 @@ class History(Record):
     """What is remembered of a shard: `history/<shard>`, rewritten by each claim and handoff.
 
     `clean` tells how the tenure *before* the present one ended: its object was closed and its work had ended.
-    `short_tenures` counts tenures in a row that ended in failure soon after they began.
+    `short_tenures` counts tenures in a row that ended in failure soon after they began (`duties.is_short`).
     """
 
     worker: str
@@ -108,10 +108,13 @@ class History(Record):
     short_tenures: int = 0
     ended: bool = False  # written by resign: the tenure of `worker` is over and nobody has followed yet
     previous: tuple[PastLeader, ...] = ()
+    tick: int = 0  # the cluster's, as the writer knew it: how long ago it was, whatever wall clocks say
     ttl_s: float = 0.0  # of the lease that carries this tenure; what an unfenced successor waits is counted from it
 
 
 PREVIOUS_MAX: Final = 8
+TICK_S: Final = 2.0
+"""The cluster's tick is renewed by whoever sees that it is older than this or a bit more (protocol.md A.7.7)."""
 
 
 @dataclass(frozen=True, slots=True)

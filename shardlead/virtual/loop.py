@@ -120,6 +120,10 @@ class Machine:
         passed_ns = self._loop.true_ns() - self._base_true_ns
         return self._base_local_ns + (passed_ns if self.rate == 1.0 else int(passed_ns * self.rate))
 
+    def true_s(self) -> float:
+        """What a wall clock goes by that somebody keeps right."""
+        return self._loop.true_ns() / NS_PER_S
+
     def true_ns_of(self, local_ns: int) -> int:
         """When it will be `local_ns` here if the clock goes on as now; rounded up."""
         left_ns = local_ns - self._base_local_ns
@@ -234,13 +238,13 @@ class MachineClock:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.wall_ahead_s = 0.0  # a wall clock that somebody has set
+        self.wall_ahead_s = 0.0  # by how much its wall clock is wrong
 
     def now_ns(self) -> int:
         return self._machine.now_ns()
 
     def wall_s(self) -> float:
-        return WALL_AT_BOOT_S + self._machine.now_ns() / NS_PER_S + self.wall_ahead_s
+        return WALL_AT_BOOT_S + self._machine.true_s() + self.wall_ahead_s
 
 
 class VirtualLoop(asyncio.BaseEventLoop):

@@ -66,7 +66,7 @@ class Steward:
         inbox = Inbox(store, keyspace, session.name, self._inbox_changed, clock=clock, rng=rng)
         view = FleetView(store, keyspace, self._fleet_changed, clock=clock, rng=rng)
         courier = Courier(store, keyspace, session)
-        histories = Histories(store, keyspace, clock=clock)
+        histories = Histories(store, keyspace, tick=lambda: view.fleet.tick, clock=clock)
         leaders = Leaders(store, keyspace, session)
         election = Election(store, keyspace, session, leaders, histories, clock=clock)
         passing = Passing(store, keyspace, session, leaders, histories, clock=clock)

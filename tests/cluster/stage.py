@@ -56,6 +56,7 @@ class Stage:
         self.clock = SteppedClock()
         self.store = EtcdStore(self.settings, clock=self.clock, rng=self.rng)
         self.shape: Shape
+        self.tick = 1  # the cluster's
 
     async def actor(self, name: str, lease: LeaseSettings = LEASE) -> "Actor":
         """A worker's session under that name."""
@@ -94,7 +95,7 @@ class Actor:
     def vote_through(self, store: EtcdStore) -> None:
         """Take part in elections by this store from now on, as a session does that remembers nothing yet."""
         keys, session, clock = self.stage.keys, self.session, self.stage.clock
-        self.histories = Histories(store, keys, clock=clock)
+        self.histories = Histories(store, keys, tick=lambda: self.stage.tick, clock=clock)
         self.leaders = Leaders(store, keys, session)
         self.election = Election(store, keys, session, self.leaders, self.histories, clock=clock)
         self.passing = Passing(store, keys, session, self.leaders, self.histories, clock=clock)

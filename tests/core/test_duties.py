@@ -120,6 +120,13 @@ def test_only_a_shard_that_was_alone_before_is_an_orphan() -> None:
     assert duties.orphans([1, 2, 3], {2, 3, 4}) == (2, 3)
 
 
+def test_a_tenure_is_short_for_as_long_as_its_own_brake_may_have_hidden_its_end() -> None:
+    """Ten seconds after that long; ticks tell the least time that has passed, and one that goes back tells nothing."""
+    assert [duties.passed_s(ticks) for ticks in (-5, 0, 1, 2, 31)] == [0, 0, 0, 2, 60]
+    assert [duties.is_short(ticks, 0) for ticks in (-1, 0, 5, 6)] == [True, True, True, False]
+    assert [duties.is_short(ticks, 9) for ticks in (6, 31, 35, 36)] == [True, True, True, False]
+
+
 def test_the_brake_doubles_to_a_minute() -> None:
     """Two short tenures are nothing yet."""
     assert [duties.brake_s(count) for count in (0, 2, 3, 4, 5, 9, 1_000)] == [0, 0, 1, 2, 4, 60, 60]

@@ -92,7 +92,7 @@ def test_etcd3_reads_the_shard_map_and_holds_a_lock_beside_ours(etcd: EtcdCluste
                 record=WorkerRecord(sid="", address="127.0.0.1:1"),
                 meta_revision=shape.meta_revision,
             )
-            standing, histories = Leaders(store, keys, session), Histories(store, keys, clock=clock)
+            standing, histories = Leaders(store, keys, session), Histories(store, keys, tick=lambda: 0, clock=clock)
             election = Election(store, keys, session, standing, histories, clock=clock)
             claims = await election.claim([0, 1, 2, 3], "interop")
 
