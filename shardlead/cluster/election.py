@@ -6,6 +6,7 @@ decided in `core.duties`; what is done with an answer, by whoever asked.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 from shardlead.clock import NS_PER_S, Clock
@@ -36,6 +37,15 @@ from shardlead.store.base import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a tenure ended, as it was first seen, and until when its shard is left alone."""
+
+    revision: int  # of its history
+    short_tenures: int  # in a row, this one included
+    until_ns: int
+
+
 class Election:
     """One session's elections."""
 
@@ -55,7 +65,7 @@ class Election:
         self._leaders = leaders
         self._histories = histories
         self._clock = clock
-        self._brakes: dict[int, tuple[int, int]] = {}  # shard -> revision of its history, and until when it is braked
+        self._ends: dict[int, _End] = {}  # as they were first seen
 
     async def claim(self, shards: Sequence[int], reason: str) -> dict[int, ClaimAnswer]:
         """Claim these shards (at most BATCH). Repeating a claim whose outcome is unknown is safe."""
@@ -64,11 +74,11 @@ class Election:
         answers: dict[int, ClaimAnswer] = {}
         try:
             former = await self._histories.read(shards)
-            answers, shards = self._brake(former)
+            answers = self._braked(former)
+            shards = tuple(shard for shard in shards if shard not in answers)
             if not shards:
                 return answers
-            name, sid, ttl_s = session.name, session.sid, session.ttl_s
-            written = {shard: self._histories.next(former[shard], reason, name, sid, ttl_s) for shard in shards}
+            written = {shard: self._written(shard, former[shard], reason) for shard in shards}
             nested = tuple(self._claim_one(shard, former[shard][1], written[shard]) for shard in shards)
             outcome = await self._store.commit(
                 Txn(
@@ -100,29 +110,30 @@ class Election:
         guards = (*self._session.guards(), modified_at(key, revision), leased_by(key, 0))
         return isinstance(await self._store.commit(Txn(guards, (Delete(key),))), Committed)
 
-    def _brake(
-        self, former: Mapping[int, tuple[History | None, int]]
-    ) -> tuple[dict[int, ClaimAnswer], tuple[int, ...]]:
-        """Set aside the shards whose leaders keep failing; the others may be claimed now.
+    def _braked(self, former: Mapping[int, tuple[History | None, int]]) -> dict[int, ClaimAnswer]:
+        """The shards that are left alone since their leaders keep failing; the others may be claimed now.
 
-        The cluster's tick, which does not count every second, can shorten the brake and never lengthen it, which is
-        counted here, from when this history was first seen.
+        How short a tenure was is told by the cluster's tick when its end is first seen, as a brake makes no tenure
+        longer. The brake itself is counted here from then on; no clock of another machine plays a part.
         """
         now_ns = self._clock.now_ns()
-        answers: dict[int, ClaimAnswer] = {}
         for shard, (history, revision) in former.items():
-            brake_s = duties.brake_s(history.short_tenures) if history is not None else 0.0
-            if history is None or not brake_s or history.sid == self._session.sid:
-                self._brakes.pop(shard, None)
-                continue
-            seen_revision, until_ns = self._brakes.get(shard, (0, 0))
-            if seen_revision != revision:
-                wait_s = brake_s - duties.passed_s(self._histories.ticks_since(history))
-                until_ns = now_ns + int(wait_s * NS_PER_S)
-                self._brakes[shard] = (revision, until_ns)
-            if until_ns > now_ns:
-                answers[shard] = NotYet((until_ns - now_ns) / NS_PER_S)
-        return answers, tuple(shard for shard in former if shard not in answers)
+            if history is None:
+                self._ends.pop(shard, None)
+            elif shard not in self._ends or self._ends[shard].revision != revision:
+                count = duties.short_tenures(history, self._histories.ticks_since(history))
+                brake_s = duties.brake_s(count) if history.sid != self._session.sid else 0.0  # the host backs off
+                self._ends[shard] = _End(revision, count, now_ns + int(brake_s * NS_PER_S))
+        ends = {shard: self._ends[shard] for shard in former if shard in self._ends}
+        return {
+            shard: NotYet((end.until_ns - now_ns) / NS_PER_S) for shard, end in ends.items() if end.until_ns > now_ns
+        }
+
+    def _written(self, shard: int, former: tuple[History | None, int], reason: str) -> History:
+        name, sid, ttl_s = self._session.name, self._session.sid, self._session.ttl_s
+        end = self._ends.get(shard)
+        count = end.short_tenures if end is not None else 0
+        return self._histories.next(former, reason, name, sid, ttl_s, short_tenures=count)
 
     def _claim_one(self, shard: int, former_revision: int, history: History) -> Txn:
         keys, session = self._keys, self._session
@@ -143,6 +154,7 @@ class Election:
         if not result.succeeded:
             holder = self._leaders.holder(result.results[0])
             if not isinstance(holder, LedBy) or holder.leader.sid != self._session.sid:
+                self._ends.pop(shard, None)  # it had not ended
                 return holder
             revision = holder.revision  # an earlier try of ours was applied; what it knew of the past is in history
             if former is not None and former.sid == self._session.sid:

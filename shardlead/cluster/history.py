@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from shardlead.clock import Clock
 from shardlead.cluster.batch import read_many
-from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode
 from shardlead.core.model import PREVIOUS_MAX, History, PastLeader
 from shardlead.errors import KeyspaceError
@@ -69,13 +68,21 @@ class Histories:
         """How many times the cluster has ticked since that was written."""
         return self.tick - history.tick
 
-    def next(self, former: tuple[History | None, int], reason: str, worker: str, sid: str, ttl_s: float) -> History:
-        """What is remembered from now on: the present tenure and how the former one ended."""
+    def next(
+        self,
+        former: tuple[History | None, int],
+        reason: str,
+        worker: str,
+        sid: str,
+        ttl_s: float,
+        *,
+        short_tenures: int = 0,
+    ) -> History:
+        """What is remembered from now on: the present tenure and how the former ones ended."""
         before, revision = former
         now_s = self._clock.wall_s()
         if before is None:
             return History(worker, sid, now_s, reason, clean=True, tick=self.tick, ttl_s=ttl_s)
-        is_short = not before.ended and duties.is_short(self.ticks_since(before), before.short_tenures)
         past = PastLeader(before.worker, revision, before.since)
         return replace(
             before,
@@ -84,7 +91,7 @@ class Histories:
             since=now_s,
             reason=reason,
             clean=before.ended and before.clean,
-            short_tenures=before.short_tenures + 1 if is_short else before.short_tenures if before.ended else 0,
+            short_tenures=short_tenures,
             ended=False,
             tick=self.tick,
             ttl_s=ttl_s,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from shardlead.core.fleet import Fleet
-from shardlead.core.model import TICK_S, Assignment
+from shardlead.core.model import TICK_S, Assignment, History
 
 RANK_STEP_S: Final = 0.25  # the next in order waits so long for the one before it
 EVENNESS: Final = "evenness"  # how the reason of an order begins that only evenness asks for
 BRAKE_MAX_S: Final = 60.0
-SHORT_TENURE_S: Final = 10.0
+SHORT_TENURE_S: Final = 5.0
 BRAKE_FREE: Final = 2  # so many short tenures in a row are nothing yet
 
 
@@ -115,11 +115,18 @@ def passed_s(ticks: int) -> float:
     return max(0, ticks - 1) * TICK_S
 
 
-def is_short(ticks: int, short_tenures: int) -> bool:
-    """Whether a tenure that nobody closed was so short that its shard may be to blame: it ended within SHORT_TENURE_S
-    of its start. What is known is only how many ticks lie between its start and the next claim, which its own brake
-    may have put off; so one that follows `short_tenures` of its kind must last longer to be forgiven."""
-    return passed_s(ticks) < SHORT_TENURE_S + brake_s(short_tenures)
+def short_tenures(history: History, ticks: int) -> int:
+    """How many tenures in a row were so short that their shard may be to blame, the last one included, over since that
+    history was written and the cluster has ticked so many times.
+
+    One that was given up says it itself. One that nobody closed is short if it ended within SHORT_TENURE_S of its
+    start, or a bit more, as ticks are coarse. Who sees its end late, because the shard was braked meanwhile, must not
+    take the brake for a long life: so much longer must it have been to be forgiven.
+    """
+    if history.ended:
+        return history.short_tenures
+    count = history.short_tenures + 1
+    return count if passed_s(ticks) < SHORT_TENURE_S + brake_s(count) else 0
 
 
 def brake_s(short_tenures: int) -> float:

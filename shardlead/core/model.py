@@ -97,7 +97,7 @@ class History(Record):
     """What is remembered of a shard: `history/<shard>`, rewritten by each claim and handoff.
 
     `clean` tells how the tenure *before* the present one ended: its object was closed and its work had ended.
-    `short_tenures` counts tenures in a row that ended in failure soon after they began (`duties.is_short`).
+    `short_tenures` counts tenures in a row that ended in failure soon after they began (`duties.short_tenures`).
     """
 
     worker: str

@@ -61,6 +61,7 @@ class Claims:
         self._rng = rng
         self._metrics = metrics
         self._due: dict[int, int] = {}  # shard -> when it is this worker's turn to claim it
+        self._braked: dict[int, int] = {}  # shard -> until when nobody may claim it, for its leaders fail
         self._queued: set[int] = set()  # to be sent with the next batch
         self._woken = asyncio.Event()
         self._former_ttl_s: dict[int, float] = {}
@@ -87,17 +88,22 @@ class Claims:
         """Claim it with the next `begin_due`, unless a time was said before; a back-off is minded there."""
         self._due.setdefault(shard, self._clock.now_ns())
 
+    def braked_until_ns(self, shard: int) -> int:
+        """Until when its last leaders' failures keep us from claiming it; 0 for long ago."""
+        return self._braked.get(shard, 0)
+
     def begin_due(self) -> float:
         """Begin to claim what is due; seconds until the next is."""
         now_ns = self._clock.now_ns()
         next_s = math.inf
         held = self._host.held_count
         for shard, due_ns in tuple(self._due.items()):
-            due_ns = max(due_ns, self._host.backoff_until_ns(shard))
+            due_ns = max(due_ns, self._host.backoff_until_ns(shard), self._braked.get(shard, 0))
             if due_ns > now_ns:
                 next_s = min(next_s, (due_ns - now_ns) / NS_PER_S)
                 continue
             del self._due[shard]
+            self._braked.pop(shard, None)
             if held >= SHARDS_PER_LEASE_MAX:
                 log.error("claim refused", extra={"reason": str(WorkerFull(self._session.name, held))})
                 continue
@@ -153,7 +159,8 @@ class Claims:
                         offers[shard] = self._inbox.offers[shard].kv.mod_revision
                 case NotYet(wait_s):
                     self._host.feed(shard, ownership.ClaimLost())
-                    self.claim_at(shard, self._clock.now_ns() + int(wait_s * NS_PER_S))
+                    self._braked[shard] = self._clock.now_ns() + int(wait_s * NS_PER_S)
+                    self.claim_at(shard, self._braked[shard])
                 case Nobody():
                     self._metrics.claims.labels("conflict").inc()
                     undecided.append(shard)

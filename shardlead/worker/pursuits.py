@@ -93,7 +93,7 @@ class Pursuits:
             shard
             for shard in {*wanted, *takeovers}
             if shard < self._shards
-            and self._host.backoff_until_ns(shard) <= now_ns
+            and max(self._host.backoff_until_ns(shard), self._claims.braked_until_ns(shard)) <= now_ns
             and (
                 shard not in self._by_shard
                 or self._by_shard[shard].until_ns <= now_ns
@@ -123,6 +123,7 @@ class Pursuits:
             match holder:
                 case Nobody():
                     self._claims.claim_at(shard, now_ns)
+                    self._by_shard[shard] = _Pursuit("", now_ns + int(CLAIM_PAUSE_S * NS_PER_S))
                 case LedBy(leader, revision) if leader.sid == self._session.sid:
                     self._claims.adopt(shard, revision)
                 case LedBy(leader, revision) if not leader.worker:

@@ -1,6 +1,7 @@
 """Whose turn it is, told on small fleets."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from shardlead.core import duties
 from shardlead.core.duties import Order
 from shardlead.core.fleet import Fleet
-from shardlead.core.model import Assignment, WorkerRecord
+from shardlead.core.model import Assignment, History, WorkerRecord
 from shardlead.core.shardmap import Member
 
 
@@ -120,11 +121,16 @@ def test_only_a_shard_that_was_alone_before_is_an_orphan() -> None:
     assert duties.orphans([1, 2, 3], {2, 3, 4}) == (2, 3)
 
 
-def test_a_tenure_is_short_for_as_long_as_its_own_brake_may_have_hidden_its_end() -> None:
-    """Ten seconds after that long; ticks tell the least time that has passed, and one that goes back tells nothing."""
+def test_a_tenure_is_short_while_few_ticks_tell_so() -> None:
+    """Ticks tell the least time that has passed; one that goes back tells nothing. What was given up is told by who
+    gave it up."""
     assert [duties.passed_s(ticks) for ticks in (-5, 0, 1, 2, 31)] == [0, 0, 0, 2, 60]
-    assert [duties.is_short(ticks, 0) for ticks in (-1, 0, 5, 6)] == [True, True, True, False]
-    assert [duties.is_short(ticks, 9) for ticks in (6, 31, 35, 36)] == [True, True, True, False]
+    died = History("w1", "s", 0.0, "test", short_tenures=1)
+    assert [duties.short_tenures(died, ticks) for ticks in (-1, 0, 3, 4)] == [2, 2, 2, 0]
+    often = replace(died, short_tenures=9)
+    assert [duties.short_tenures(often, ticks) for ticks in (31, 33, 34)] == [10, 10, 0]
+    resigned = replace(died, ended=True)
+    assert [duties.short_tenures(resigned, ticks) for ticks in (0, 1_000)] == [1, 1]
 
 
 def test_the_brake_doubles_to_a_minute() -> None:

@@ -8,7 +8,7 @@ from shardlead.clock import NS_PER_S
 from tests.simulation.world import Setup, World
 
 POISONED = 3
-MINUTES = 8
+MINUTES = 15
 RESTART_S = 1.0
 DEATHS_MAX = 6 + MINUTES + 3
 """Three before the brake, then after 1, 2, 4, … seconds, then once a minute; and some to spare for the restarts."""
