@@ -2,11 +2,12 @@
 
     python -m tests            format, lint, strict types, imports, all tests but the long ones
     python -m tests long       the same with the long lists
+    python -m tests simulate   the simulation alone: seeds, scenarios, traces (see --help)
     python -m tests PATH ...   pytest alone, with these arguments
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
 Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
-clusters (tests/e2e) measure times and run alone, afterwards.
+clusters (tests/e2e) measure times and run alone, afterwards; the simulation takes all cores, and comes last.
 """
 
 import contextlib
@@ -49,6 +50,10 @@ def main(arguments: list[str]) -> int:
     """Run the check and print its outcome. The exit code."""
     os.chdir(ROOT)
     began = time.monotonic()
+    if arguments[:1] == ["simulate"]:
+        from tests.simulation import many  # what it imports takes longer than the other checks need to begin
+
+        return many.main(arguments[1:])
     is_long = arguments == ["long"]
     if arguments and not is_long:
         return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
@@ -89,7 +94,8 @@ def tests(arguments: list[str]) -> Step:
     headline("tests")
     began = time.monotonic()
     waiting = [f"tests/{name}" for name in WAITING]
-    others = ["tests", "--ignore=tests/e2e", *(f"--ignore={path}" for path in waiting)]
+    alone = ["tests/e2e", "tests/simulation"]
+    others = ["tests", *(f"--ignore={path}" for path in (*waiting, *alone))]
     with tempfile.TemporaryDirectory(prefix="shardlead-check-") as name:
         folder = Path(name)
         lanes = [
@@ -102,7 +108,9 @@ def tests(arguments: list[str]) -> Step:
             Lane("whole clusters, the rest", [*arguments, "tests/e2e", "-k", f"not ({HALF})"], folder),
         ]
         codes += [lane.finish() for lane in clusters]
-        lanes += clusters
+        simulation = Lane("simulation", [*arguments, "tests/simulation"], folder)
+        codes.append(simulation.finish())
+        lanes += [*clusters, simulation]
     counts = Counter[str]()
     for lane in lanes:
         counts.update(lane.counts)

@@ -20,7 +20,7 @@ from shardlead.clock import NS_PER_S
 from shardlead.errors import Compacted, StoreRejected
 from shardlead.store import answers, requests
 from shardlead.store.base import KeyValue, Range, Txn, TxnResult
-from shardlead.store.embedded import KEEPALIVE, EmbeddedStore
+from shardlead.store.embedded import KEEPALIVE, VERSION, EmbeddedStore
 from shardlead.store.gateway import REVOKE, STATUS
 from shardlead.store.model import Lease, Model
 from shardlead.virtual import Machine, VirtualLoop
@@ -206,6 +206,7 @@ class Etcd:
         *,
         rate: float = 1.0,
         misbehaviour: Misbehaviour | None = None,
+        version: str = VERSION,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.loop = loop
@@ -213,6 +214,7 @@ class Etcd:
         self.machine = loop.machine("etcd", rate=rate)
         self.misbehaviour = misbehaviour if misbehaviour is not None else Misbehaviour()
         self.has_misbehaved = False
+        self._version = version
         self.endpoints = tuple(f"http://etcd{index}:2379" for index in range(MEMBERS))
         self.history: list[Applied] = []
         self.cuts: dict[tuple[str, int], list[str]] = {}  # (address, member) -> ways
@@ -247,9 +249,11 @@ class Etcd:
 
     def revoke(self, lease: int) -> None:
         """By somebody's hand."""
-        if lease in self._leases:
+        found = self._leases.get(lease)
+        if found is not None:
             self.model.revoke(lease)
             self._note("operator", is_lease_end=True)
+            self._lease_ended(found)
 
     def lease_expiry_ns(self, lease: int) -> int | None:
         """True time at which that lease may end at the earliest, if it is not renewed; None if there is none."""
@@ -271,7 +275,7 @@ class Etcd:
         deposed = self.rng.choice(self.members)
         if self.strikes(self.misbehaviour.stale_ack):
             ttl_s = max((lease.ttl_s for lease in self._leases.values()), default=2)
-            deposed.acks_until_ns = self.machine.now_ns() + int(self.rng.uniform(1.0, 2.0 * ttl_s) * NS_PER_S)
+            deposed.acks_until_ns = self.machine.now_ns() + int(self.rng.uniform(ttl_s, 3.0 * ttl_s) * NS_PER_S)
             self.note_misbehaviour(f"member {deposed.index}, deposed, goes on acknowledging renewals")
         self._leaderless += 1
         self.machine.call_later(self.rng.uniform(*ELECTION_S), self._elected)
@@ -390,6 +394,8 @@ class Etcd:
     def _decide(self, path: str, body: bytes, writer: str, reply: Reply) -> None:
         before = dict(self._leases) if path == REVOKE else {}
         status, answer = self._front.answer(path, body)
+        if path == STATUS:
+            answer = answer.replace(VERSION.encode(), self._version.encode())
         self._note(writer, is_lease_end=path == REVOKE)
         for lease, ended in before.items():
             if lease not in self._leases:

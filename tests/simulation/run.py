@@ -111,6 +111,7 @@ async def _live(world: World, nemesis: Nemesis, scenario: Scenario, outcome: Out
     world.heal()
     healed_ns = world.loop.true_ns()
     limit_s = world.setup.ttl_s + CLAIM_S + (LEADER_CHANGE_EXTRA_S if nemesis.has_changed_leader else LIVE_EXTRA_S)
+    limit_s += scenario.heals_late_s + world.brake_s()
     if not await world.until_whole(limit_s):
         missing = world.what_is_missing()
         is_late = await world.until_whole(60.0)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from shardlead.store.embedded import VERSION
+from tests.simulation.misbehaviour import Misbehaviour
 from tests.simulation.service import Manners
 from tests.simulation.storage import StorageFaults
 from tests.simulation.transport import LinkFaults
@@ -23,6 +25,7 @@ class Scenario:
     duration_s: float = 25.0
     mean_pause_s: float = 3.0
     never_fails: bool = False  # not one request may fail
+    heals_late_s: float = 0.0  # what it takes longer than the promise to be whole again, for a stated reason
     deeds_at_once: tuple[int, int] = (2, 5)  # how many kinds of deeds a run knows
 
     def chosen(self, rng: random.Random) -> tuple[str, ...]:
@@ -70,5 +73,76 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         Setup(link=replace(LOSSY, late=0.03), drift=0.009, storage=StorageFaults(slow=0.05, late=0.03, lost=0.01)),
         mean_pause_s=1.5,
         deeds_at_once=(4, 9),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A misbehaviour of the store, and what it must break on one of its seeds at least: `must_break`, of what the
+    scenario tolerates. Whatever it does not tolerate holds on all of them."""
+
+    scenario: Scenario
+    must_break: frozenset[str] = frozenset()
+    seeds: int = 12
+
+
+ALL_BUT_THE_FENCE: Final = ("I1", "I2", "I3", "I4", "I7", "I8", "I9", "I13")
+"""What a store may break whose revisions go back: epochs come twice, and workers refuse to serve until the operator
+raises the generation. What a fence has accepted stays."""
+
+BELIEFS: Final = frozenset({"I3", "I4"})
+"""What a wrong acknowledgement or a lease's early end breaks: two guards may say yes at once."""
+
+
+def _case(
+    misbehaviour: Misbehaviour,
+    *deeds: str,
+    must_break: frozenset[str] = frozenset(),
+    tolerated: frozenset[str] = frozenset(),
+    etcd_version: str = VERSION,
+    pause_s: float = 2.0,
+    heals_late_s: float = 0.0,
+) -> Case:
+    setup = Setup(misbehaviour=misbehaviour, tolerated=tolerated | must_break, etcd_version=etcd_version)
+    count = (len(deeds), len(deeds))
+    scenario = Scenario(
+        str(misbehaviour), deeds, setup, mean_pause_s=pause_s, deeds_at_once=count, heals_late_s=heals_late_s
+    )
+    return Case(scenario, must_break)
+
+
+_I3: Final = frozenset({"I3"})
+_I4: Final = frozenset({"I4"})
+_I8: Final = frozenset({"I8"})
+_OLD: Final = "3.5.1"  # whose progress messages are known to run ahead
+
+MISBEHAVIOURS: Final[Mapping[str, Case]] = {
+    "stale-ack": _case(
+        Misbehaviour(stale_ack=1.0), "change_etcd_leader", must_break=_I3, tolerated=BELIEFS, pause_s=6.0
+    ),
+    "early-revoke": _case(Misbehaviour(early_revoke=0.1), "lag_member", must_break=_I3, tolerated=BELIEFS),
+    "key-gone-lease-alive": _case(
+        Misbehaviour(key_gone_lease_alive=0.1), "lag_member", must_break=_I3, tolerated=BELIEFS
+    ),
+    "renew-after-revoke": _case(
+        Misbehaviour(renew_after_revoke=1.0), "revoke_lease", "lag_member", must_break=_I3 | _I4, tolerated=BELIEFS
+    ),
+    "stale-read": _case(Misbehaviour(stale_read=0.5), "kill", "move", "cut_from_etcd"),
+    "progress-overtakes": _case(Misbehaviour(progress_overtakes=0.5), "kill", "move", must_break=_I8),
+    "progress-overtakes-in-a-version-known-for-it": _case(
+        Misbehaviour(progress_overtakes=0.5), "kill", "move", etcd_version=_OLD
+    ),
+    "lost-delete-at-compaction": _case(
+        Misbehaviour(lost_delete_at_compaction=1.0), "compact", "kill", "move", must_break=_I8
+    ),
+    "silent-watch": _case(
+        Misbehaviour(silent_watch=0.05),
+        "kill",
+        "move",
+        heals_late_s=8.0,  # until three ticks have not been heard and the store was asked
+    ),
+    "revision-regress": _case(
+        Misbehaviour(revision_regress=1.0), "restart_etcd", "kill", tolerated=frozenset(ALL_BUT_THE_FENCE)
     ),
 }

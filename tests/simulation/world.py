@@ -23,10 +23,12 @@ from shardlead.config import (
     StoreSettings,
     WorkerSettings,
 )
+from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode, encode
-from shardlead.core.model import Meta
+from shardlead.core.model import History, Meta
 from shardlead.core.ring import SlotTable, build_table, encode_table, slot_count_for, slot_of, table_crc
 from shardlead.store.base import Compare, Delete, KeyValue, Put, Txn
+from shardlead.store.embedded import VERSION
 from shardlead.store.mirror import Change, Mirror
 from shardlead.virtual import Machine, VirtualLoop
 from tests.simulation import invariants
@@ -65,6 +67,7 @@ class Setup:
     manners: Manners = field(default_factory=Manners)
     tolerated: frozenset[str] = frozenset()
     misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
+    etcd_version: str = VERSION  # what it says of itself
 
 
 def settings_of(setup: Setup, endpoints: Sequence[str]) -> Settings:
@@ -121,6 +124,7 @@ class World:
             random.Random(self.rng.getrandbits(64)),
             rate=1.0 + self.rng.uniform(-setup.drift, setup.drift),
             misbehaviour=setup.misbehaviour,
+            version=setup.etcd_version,
             say=lambda text: self.say("etcd", text),
         )
         self.settings = settings_of(setup, self.etcd.endpoints)
@@ -143,6 +147,7 @@ class World:
         self._indexed = 0
         self.founders = tuple(f"w{number + 1}" for number in range(setup.workers))
         self.is_over = False
+        self.steps_max = STEPS_MAX
         self.tamper: Callable[[str, Txn], Txn] = lambda _, txn: txn  # what an ablation does to a process's transactions
         self.client_machine = self.loop.machine("clients")
         self.operator = self.loop.machine("operator")
@@ -161,8 +166,8 @@ class World:
         return f"{len(txn.compares)} guards, writes {' '.join(keys) or 'nothing'}"
 
     def _stepped(self, machine: Machine) -> None:
-        if self.loop.steps > STEPS_MAX and not self.is_over:
-            self.witness.fail("BUSY", f"{STEPS_MAX} steps were not enough: {self.loop!r}")
+        if self.loop.steps > self.steps_max and not self.is_over:
+            self.witness.fail("BUSY", f"{self.steps_max} steps were not enough: {self.loop!r}")
             self.loop.stop()
         process = self.processes.get(machine)
         if process is not None and process.look():
@@ -314,9 +319,20 @@ class World:
                     return f"{router.name} does not know the leader of shard {shard}"
         return ""
 
+    def brake_s(self) -> float:
+        """For how long at most a shard without a leader may be left alone since its last leaders died at once, which
+        faults that strike within seconds of each other look like."""
+        counts = [0]
+        for shard in range(self.shards):
+            kv = self.etcd.get(self.keyspace.history(shard))
+            if kv is not None and self.etcd.get(self.keyspace.leader(shard)) is None:
+                counts.append(duties.short_tenures(decode(History, kv.key, kv.value), 0))
+        return max(map(duties.brake_s, counts))
+
     def heal(self) -> None:
         """Nothing is lost or late any more. What deeds have done is undone by themselves."""
         self._set_faults(StorageFaults(), LinkFaults())
+        self.etcd.misbehaviour = Misbehaviour()
         for name in self.founders:
             if not self.workers[name].is_alive:
                 self.start_worker(name)
