@@ -30,6 +30,7 @@ class Operation:
     status: int = 0
     seen: tuple[str, ...] | None = None
     is_cached: bool = False  # read from a leader's memory, which no fence protects
+    is_background: bool = False  # a leader's own, which no client asked for
 
     def __str__(self) -> str:
         what = f"append {self.word}" if self.word else "read"
@@ -48,6 +49,7 @@ class Client:
     history: list[Operation]
     tell: Callable[[str], object] = lambda _: None
     pause_s: float = 0.25
+    has_idempotency_keys: bool = False
     is_over: bool = False
     _reader: asyncio.StreamReader | None = None
     _writer: asyncio.StreamWriter | None = None
@@ -96,6 +98,8 @@ class Client:
         head = f"{method} /lists/{operation.key}{query} HTTP/1.1\r\nHost: service\r\n"
         if operation.word:
             head += f"Content-Length: {len(operation.word)}\r\n"
+            if self.has_idempotency_keys:
+                head += f"Idempotency-Key: {operation.word}\r\n"
         writer.write(f"{head}\r\n{operation.word}".encode())
         status_line = await reader.readuntil(b"\r\n")
         status = int(status_line.split(b" ")[1])

@@ -214,6 +214,7 @@ class Etcd:
         self.machine = loop.machine("etcd", rate=rate)
         self.misbehaviour = misbehaviour if misbehaviour is not None else Misbehaviour()
         self.has_misbehaved = False
+        self.has_regressed = False  # its revisions went back
         self._version = version
         self.endpoints = tuple(f"http://etcd{index}:2379" for index in range(MEMBERS))
         self.history: list[Applied] = []
@@ -465,6 +466,7 @@ class Etcd:
         self.note_misbehaviour(f"lease {lease.lease:x} is over and is acknowledged for a while yet")
 
     def _regress(self, past: Model) -> None:
+        self.has_regressed = True
         self.note_misbehaviour(f"revisions go back from {self.model.revision} to {past.revision}")
         self.model = self._front.model = past
         self._past.clear()

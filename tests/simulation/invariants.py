@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Final
 
 from shardlead.clock import NS_PER_S
 from shardlead.core.keyspace import decode
-from shardlead.core.model import LeaderRecord, revision_of
+from shardlead.core.model import LeaderRecord, Want, revision_of
 from shardlead.errors import KeyspaceError
 from tests.simulation.clients import Operation
 
 if TYPE_CHECKING:
-    from tests.simulation.etcd import Applied
     from tests.simulation.processes import WorkerProcess
     from tests.simulation.witness import Tenant, Witness
 
 GRACE_SLACK_S: Final = 0.3
+CLAIMS_PER_SHARD_MAX: Final = 4  # in one second
 AUDIT_ROUNDS: Final = 1.1  # of the TTL, at most, from one audit to the next
 BELIEF_EXTRA_S: Final = 4.0  # a call of the audit, a proof by T3, each of which may have to be repeated
 
@@ -79,6 +79,43 @@ def deadline_within_lease(witness: "Witness", process: "WorkerProcess") -> None:
         witness.fail(
             "I4", f"{process.machine.name} trusts its lease for {ahead_s:.6f} s longer than the store keeps it"
         )
+
+
+def never_both_serving(witness: "Witness", tenant: "Tenant") -> None:
+    """I10, first part: never two serve one shard, in a handoff or otherwise. Of an unfenced class this holds even where
+    leases end before their time, since its next leader waits."""
+    if "I3" in witness.world.tolerated and witness.world.is_fenced:
+        return
+    for other in witness.tenants.get(tenant.lead.shard, ()):
+        if other is not tenant and other.is_valid and other.is_open and not other.is_closed:
+            witness.fail("I10", f"{tenant} serves, and so does {other}")
+
+
+def no_key_unserved(witness: "Witness", shard: int) -> None:
+    """I7: no leader's key of a living session stays unserved for longer than audit + TTL (orphans are adopted or
+    freed). Time counts while that session is active, so that it may serve; and what an application may take for
+    opening, draining and closing is its own."""
+    world = witness.world
+    kv = world.etcd.get(world.keyspace.leader(shard))
+    process = world.process_of_sid(_sid_in(kv.key, kv.value)) if kv is not None else None
+    if kv is None or process is None or process.session is None or not process.machine.runs:
+        witness.unserved.pop(shard, None)
+        return
+    is_served = any(
+        tenant.is_open and revision_of(tenant.lead.epoch) == kv.mod_revision
+        for tenant in witness.tenants.get(shard, ())
+    )
+    if is_served or not process.session.is_active:
+        witness.unserved.pop(shard, None)
+        return
+    revision, since_ns = witness.unserved.get(shard, (0, 0))
+    now_ns = process.lived_ns()
+    if revision != kv.mod_revision:
+        witness.unserved[shard] = (kv.mod_revision, now_ns)
+        return
+    over_s = (now_ns - since_ns) / NS_PER_S
+    if over_s > world.unserved_max_s:
+        witness.fail("I7", f"leaders/{shard} of {process.machine.name} at {revision} unserved for {over_s:.1f} s")
 
 
 def no_handler_after_the_end(witness: "Witness", tenant: "Tenant") -> None:
@@ -165,66 +202,91 @@ def epochs_grow(witness: "Witness") -> None:
 
 
 def nobody_else_touches(witness: "Witness") -> None:
-    """I13: while a session lives, nobody but its own process changes or deletes its `leaders/` keys (R1)."""
+    """I13: while a session lives, nobody but the process that holds it changes or deletes its `leaders/` keys (R1), nor
+    ends its lease; a parent does so once its process is dead. Checked on the store's log."""
     world = witness.world
-    holders: dict[int, str] = {}  # shard -> worker named
+    held: dict[bytes, str] = {}  # leader key -> the sid in it
     for change in world.etcd.history:
-        place = world.keyspace.parse(change.key)
-        if place is None or place.kind != "leaders":
+        if not world.is_leader_key(change.key):
             continue
-        holder = holders.get(place.shard)
-        by = change.writer.partition("#")[0]
-        if change.value is None:
-            # a lease's end deletes without a writer of its own; a revocation is judged by whoever sent it
-            if holder is not None and by and not change.is_lease_end and by != holder:
-                witness.fail("I13", f"{change.writer} deleted leaders/{place.shard} of {holder}")
-            holders.pop(place.shard, None)
+        sid = held.pop(change.key, "")
+        if change.value is not None:
+            held[change.key] = _sid_in(change.key, change.value)
+        process = world.process_of_sid(sid)
+        if process is None or change.writer == process.machine.name:
             continue
-        if holder is not None and by != holder:
-            witness.fail("I13", f"{change.writer} overwrote leaders/{place.shard} of {holder}")
-        holders[place.shard] = _worker_of(change)
+        if change.is_lease_end:
+            is_by_rule = change.writer in ("", "operator") or (
+                change.writer == f"{process.machine.name}'s parent" and 0 <= process.died_ns <= change.true_ns
+            )
+            if not is_by_rule:
+                witness.fail("I13", f"{change.writer} ended the lease of {process.machine.name}")
+            continue
+        what = "deleted" if change.value is None else "overwrote"
+        witness.fail("I13", f"{change.writer} {what} {change.key.decode()} of {process.machine.name}")
 
 
 def handed_to_a_want(witness: "Witness") -> None:
-    """I10, first half: a leadership is passed on only to a worker whose want for it stands."""
+    """I10, second part: a leadership is passed on only to the session whose want for it stands."""
     world = witness.world
-    holders: dict[int, str] = {}
-    wants: set[tuple[str, int]] = set()  # (addressee, shard)
+    held: dict[bytes, str] = {}
+    wants: dict[tuple[str, int], str] = {}  # (addressee, shard) -> the sid that wants it
     for _, changes in groupby(world.etcd.history, key=lambda change: (change.revision, change.true_ns)):
         together = [(change, world.keyspace.parse(change.key)) for change in changes]
         for change, place in together:
             if place is None or place.kind != "leaders":
                 continue
+            before = held.pop(change.key, "")
             if change.value is None:
-                holders.pop(place.shard, None)
                 continue
-            worker = _worker_of(change)
-            by = change.writer.partition("#")[0]
-            before = holders.get(place.shard)
-            if before == by and worker not in ("", by) and (by, place.shard) not in wants:
-                witness.fail("I10", f"{change.writer} handed shard {place.shard} to {worker}, whose want did not stand")
-            holders[place.shard] = worker
+            sid = held[change.key] = _sid_in(change.key, change.value)
+            giver = world.process_of_sid(before)
+            if giver is None or giver.machine.name != change.writer or sid == before:
+                continue
+            if wants.get((giver.name, place.shard)) != sid:
+                witness.fail("I10", f"{change.writer} handed shard {place.shard} to {sid}, whose want did not stand")
         for change, place in together:
             if place is not None and place.kind == "wants":
-                if change.value is None:
-                    wants.discard((place.worker, place.shard))
-                else:
-                    wants.add((place.worker, place.shard))
+                wants.pop((place.worker, place.shard), None)
+                if change.value is not None:
+                    wants[place.worker, place.shard] = decode(Want, change.key, change.value).target_sid
 
 
-def _worker_of(change: "Applied") -> str:
+def claims_are_paced(witness: "Witness") -> None:
+    """I12: claims/s <= limit: a shard is claimed a few times in a second at most, whoever fails with it. (That a shard
+    which kills its owner takes down few workers an hour is shown by `test_poison.py`.)"""
+    world = witness.world
+    claims = Counter[tuple[bytes, int]]()
+    standing: set[bytes] = set()
+    for change in world.etcd.history:
+        if world.is_leader_key(change.key):
+            if change.value is None:
+                standing.discard(change.key)
+            elif change.key not in standing:
+                standing.add(change.key)
+                claims[change.key, change.true_ns // NS_PER_S] += 1
+    for (key, second), count in claims.items():
+        if count > CLAIMS_PER_SHARD_MAX:
+            witness.fail("I12", f"{key.decode()} was claimed {count} times in second {second}")
+
+
+def _sid_in(key: bytes, value: bytes) -> str:
     try:
-        return decode(LeaderRecord, change.key, change.value or b"").worker
+        return decode(LeaderRecord, key, value).sid
     except KeyspaceError:
         return ""
 
 
 def fence_holds(witness: "Witness") -> None:
-    """I5, first part: accepted writes of a shard have epochs that never go down."""
+    """I5, first part: accepted writes of a shard have epochs that never go down, and none is below the registered
+    one."""
     last: dict[int, int] = {}
-    for done in witness.world.storage.accepted:
+    if not witness.world.is_fenced:
+        return
+    for done in witness.world.storage.journal:
         if done.epoch < last.get(done.shard, 0):
-            witness.fail("I5", f"a write of shard {done.shard} under epoch {done.epoch} after {last[done.shard]}")
+            what = f"a write to {done.key}" if done.key else "a registration"
+            witness.fail("I5", f"{what} of shard {done.shard} under epoch {done.epoch} after {last[done.shard]}")
         last[done.shard] = max(done.epoch, last.get(done.shard, 0))
 
 
@@ -241,8 +303,38 @@ def nothing_acknowledged_is_lost(witness: "Witness") -> None:
             witness.fail("I5", f"key {key}: {text}")
 
 
+def mirror_is_current(witness: "Witness", name: str, wrong: Sequence[str]) -> None:
+    """I8, second half: after everything was healed a mirror is equal to the range within one tick's time-out."""
+    if wrong:
+        witness.fail("I8", f"{name} is not the store's range: {', '.join(wrong[:3])}")
+
+
+def whole_in_time(witness: "Witness", limit_s: float, after_s: float | None, missing: str) -> None:
+    """I9: within TTL + 1 s + claim time after the last fault heals (TTL + 5 s if etcd changed its leader meanwhile)
+    each shard has exactly one serving owner and all routers agree."""
+    if missing:
+        text = "never whole again within a minute" if after_s is None else f"whole only after {after_s:.1f} s"
+        witness.fail("I9", f"not whole {limit_s} s after everything was healed ({text}): {missing}")
+
+
+def no_request_fails(witness: "Witness") -> None:
+    """I0: in planned operations alone, not one request fails."""
+    for operation in witness.world.history:
+        if operation.outcome != "ok" and not operation.is_background:
+            witness.fail("I0", f"a request failed in planned operations: {operation}")
+
+
+def quiet_is_kept(witness: "Witness", counts: Sequence[int], changes: int) -> None:
+    """I15: with nothing going on, workers of equal capacity lead equal numbers of shards, one more or less, and then
+    no leadership moves."""
+    if max(counts) - min(counts) > 1:
+        witness.fail("I15", f"leaderships are uneven though nothing goes on: {list(counts)}")
+    if changes:
+        witness.fail("I15", f"{changes} leaderships changed though nothing goes on")
+
+
 def executed_once(witness: "Witness") -> None:
-    """I10: a request is executed at most once, and never after its client was told that it was not done."""
+    """I10, third part: a request is executed at most once, and never after its client was told that it was not done."""
     executed = Counter[str](done.value[-1] for done in witness.world.storage.accepted)
     for operation in witness.world.history:
         if not operation.word:
@@ -258,6 +350,7 @@ AT_THE_END: Final = (
     epochs_grow,
     nobody_else_touches,
     handed_to_a_want,
+    claims_are_paced,
     fence_holds,
     nothing_acknowledged_is_lost,
     executed_once,

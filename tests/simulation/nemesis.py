@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shardlead.clock import NS_PER_S
 from shardlead.cluster import bootstrap
 from shardlead.core.keyspace import encode
-from shardlead.core.model import Wish
+from shardlead.core.model import Eviction, Wish
 from shardlead.errors import ShardleadError
 from shardlead.store.base import Delete, Put, Txn
 from tests.simulation.etcd import LAG_S
@@ -180,6 +180,16 @@ async def freeze_machine(nemesis: Nemesis) -> None:
         nemesis.say(f"thaws {process.machine.name}")
 
 
+async def set_wall_clock(nemesis: Nemesis) -> None:
+    """Somebody sets a machine's wall clock, forward or back, as after a machine was held still."""
+    process = nemesis.worker()
+    if process is None:
+        return
+    ahead_s = nemesis.rng.uniform(-5.0, 20.0)
+    nemesis.say(f"sets the wall clock of {process.machine.name} by {ahead_s:.1f} s")
+    process.machine.clock.wall_ahead_s += ahead_s
+
+
 async def kill_router(nemesis: Nemesis) -> None:
     router = nemesis.router()
     if router is None:
@@ -319,6 +329,17 @@ async def scale_out(nemesis: Nemesis) -> None:
         await nemesis.lasts(2.0, 12.0)
         process.stop()
         await _ended(process, world.settings.worker.shutdown_timeout_s + 10.0)
+
+
+async def evict(nemesis: Nemesis) -> None:
+    """T6: the order to give up a session; its worker opens another one."""
+    world, process = nemesis.world, nemesis.worker()
+    session = process.session if process is not None else None
+    if session is None:
+        return
+    nemesis.say(f"evicts {session.name}")
+    order = Eviction(sid=session.sid, by="nemesis", reason="eviction")
+    nemesis.write(Put(world.keyspace.eviction(session.name), encode(order)))
 
 
 async def delete_leader(nemesis: Nemesis) -> None:
@@ -473,6 +494,7 @@ DEEDS: Final[Mapping[str, Deed]] = {
         pause,
         stall,
         freeze_machine,
+        set_wall_clock,
         kill_router,
         pause_router,
         cut_from_routers,
@@ -485,6 +507,7 @@ DEEDS: Final[Mapping[str, Deed]] = {
         cordon,
         freeze_moves,
         scale_out,
+        evict,
         delete_leader,
         raise_generation,
         change_etcd_leader,

@@ -26,6 +26,7 @@ from shardlead.router.server import Router
 from shardlead.router.upstream import Upstream
 from shardlead.store.base import Delete, Outcome, Put, Target, Txn
 from shardlead.store.etcd import EtcdStore
+from shardlead.store.mirror import Mirror
 from shardlead.virtual import Machine
 from shardlead.worker.application import Application
 from shardlead.worker.runtime import Worker
@@ -132,6 +133,7 @@ class WorkerProcess:
         machine.on_step = self._look
         self.rng = random.Random(world.rng.getrandbits(64))
         self.exit_code: int | None = None  # None while it lives; -9 if killed
+        self.died_ns = -1  # true time
         self.task: asyncio.Task[None] | None = None
         self.has_joined = False
         self._stalled_ns = 0
@@ -147,6 +149,7 @@ class WorkerProcess:
             return Lists(lead, surroundings)
 
         make.fenced = world.is_fenced  # type: ignore[attr-defined]  # where an application's class says it
+        make.idempotent = world.is_idempotent  # type: ignore[attr-defined]
         self.worker: Worker | None = None  # once its store is open
         self.make = make
         self.parent = parent
@@ -191,6 +194,7 @@ class WorkerProcess:
         self.machine.resume()
 
     def _died(self, _with_machine: bool) -> None:
+        self.died_ns = self.world.loop.true_ns()
         if self.exit_code is None:
             self.exit_code = -9
 
@@ -303,7 +307,6 @@ class RouterProcess:
                 store, world.keyspace, clock=self.machine.clock, rng=random.Random(self.rng.getrandbits(64))
             )
             view.subscribe(self._changed)
-            world.watch_mirror(f"{self.machine.name}'s view", view._mirror)
             router = self.router = Router(world.settings.router, view, clock=self.machine.clock)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(view.run(), name="view")
@@ -326,4 +329,20 @@ def noting_sends(world: "World") -> Iterator[None]:
             world.witness.router_sends(world.loop.current.name, exchange.shard, exchange.leader.epoch)
 
     with mock.patch.object(Exchange, "connected", noted):
+        yield
+
+
+@contextlib.contextmanager
+def following_mirrors(world: "World") -> Iterator[None]:
+    """While it lasts, the world knows each mirror of the store that any process keeps (I8)."""
+    run = Mirror.run
+
+    async def followed(mirror: Mirror) -> None:
+        watched = world.watch_mirror(world.loop.current, mirror)
+        try:
+            await run(mirror)
+        finally:
+            watched.is_over = True
+
+    with mock.patch.object(Mirror, "run", followed):
         yield

@@ -43,8 +43,21 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     ),
     "crashes": Scenario(
         "Processes are killed, paused, stalled; machines are lost; what is left goes on.",
-        ("kill", "lose_machine", "restart", "pause", "stall", "kill_router", "pause_router", "trouble_open", "move"),
-        Setup(drift=0.009, manners=Manners(stubborn=0.3)),
+        (
+            *(
+                "kill",
+                "lose_machine",
+                "restart",
+                "pause",
+                "stall",
+                "kill_router",
+                "pause_router",
+                "trouble_open",
+                "move",
+            ),
+            *("evict", "set_wall_clock"),
+        ),
+        Setup(drift=0.009, idempotent=0.3, manners=Manners(stubborn=0.3)),
     ),
     "networks": Scenario(
         "Requests and answers are lost, late, twice; links are cut, one way or both.",
@@ -52,7 +65,12 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             *("cut_from_etcd", "cut_from_routers", "reset_connections", "slow_network", "trouble_storage"),
             *("kill", "move", "restart"),
         ),
-        Setup(link=LOSSY, drift=0.009, storage=StorageFaults(slow=0.05, late=0.02, lost=0.01, answer_lost=0.01)),
+        Setup(
+            link=LOSSY,
+            drift=0.009,
+            idempotent=0.3,
+            storage=StorageFaults(slow=0.05, late=0.02, lost=0.01, answer_lost=0.01),
+        ),
     ),
     "store": Scenario(
         "etcd changes its leader, loses its quorum, restarts, compacts; members stop or lag.",
@@ -68,13 +86,40 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             *("kill", "lose_machine", "restart", "pause", "stall", "kill_router", "pause_router", "cut_from_etcd"),
             *("cut_from_routers", "reset_connections", "slow_network", "trouble_storage", "trouble_open", "move"),
             *("drain", "cordon", "freeze_moves", "scale_out", "change_etcd_leader", "lose_quorum", "restart_etcd"),
-            *("stop_member", "compact", "lag_member", "cut_over_compaction"),
+            *("stop_member", "compact", "lag_member", "cut_over_compaction", "evict", "set_wall_clock"),
         ),
-        Setup(link=replace(LOSSY, late=0.03), drift=0.009, storage=StorageFaults(slow=0.05, late=0.03, lost=0.01)),
+        Setup(
+            link=replace(LOSSY, late=0.03),
+            drift=0.009,
+            idempotent=0.3,
+            storage=StorageFaults(slow=0.05, late=0.03, lost=0.01),
+        ),
         mean_pause_s=1.5,
         deeds_at_once=(4, 9),
     ),
 }
+"""The five that every check runs."""
+
+FURTHER: Final[Mapping[str, Scenario]] = {
+    "clocks": Scenario(
+        "Machines are frozen with their clocks, by a hypervisor: guards may be wrong (I3, I4), the fence holds (I5).",
+        ("freeze_machine", "pause", "stall", "set_wall_clock", "kill", "move", "cut_from_etcd"),
+        Setup(tolerated=frozenset({"I3", "I4"}), storage=StorageFaults(slow=0.1, late=0.03)),
+        mean_pause_s=2.0,
+    ),
+    "unfenced": Scenario(
+        "A class whose storage refuses nobody: whoever follows an unclean end waits, and nothing is lost.",
+        (
+            *("kill", "lose_machine", "restart", "pause", "stall", "move", "drain", "cut_from_etcd", "lose_quorum"),
+            *("change_etcd_leader", "evict", "trouble_open"),
+        ),
+        Setup(fenced=False, drift=0.009, manners=Manners(slow=0.3), tolerated=frozenset()),
+        heals_late_s=6.0,  # its wait: TTL + delta, twice where the one who waited ends, too
+    ),
+}
+"""More surroundings; run by the long form, too."""
+
+ALL: Final[Mapping[str, Scenario]] = {**SCENARIOS, **FURTHER}
 
 
 @dataclass(frozen=True)

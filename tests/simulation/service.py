@@ -27,6 +27,7 @@ class Manners:
     fails_to_open: float = 0.0
     skips_barrier: bool = False  # ablation
     poison: int = -1  # the shard whose open() kills its process
+    background_s: float = 1.5  # how often run() writes
 
 
 class Lists:
@@ -83,6 +84,9 @@ class Lists:
                 return _answer(await self._read(key))
         word = (await request.read()).decode()
         async with self._turn:
+            known = self.lists.get(key, ())
+            if word in known:  # sent again under its Idempotency-Key
+                return _answer(known[: known.index(word) + 1])
             value = (*self.lists.get(key, ()), word)
             try:
                 await world.storage.put(self.lead.shard, self.lead.epoch, key, value)
@@ -92,6 +96,28 @@ class Lists:
                 raise WriteUnknown(self.lead.shard, self.lead.epoch, str(exc)) from None
             self.lists[key] = value
         return _answer(value)
+
+    async def run(self) -> None:
+        """Background work while leading: a word of its own now and then, behind the same fence."""
+        world, lead = self.world, self.lead
+        key = background_key(lead.shard)
+        world.watch.handler_begins(lead, None)
+        try:
+            while True:
+                await asyncio.sleep(world.rng.uniform(0.5, 1.5) * world.manners.background_s)
+                operation = world.watch.background(key)
+                value = (*self.lists.get(key, ()), operation.word)
+                try:
+                    await world.storage.put(lead.shard, lead.epoch, key, value)
+                except Refused as exc:
+                    operation.outcome = "fail"
+                    raise Fenced(lead.shard, lead.epoch, exc.registered) from None
+                except NoAnswer as exc:
+                    raise WriteUnknown(lead.shard, lead.epoch, str(exc)) from None
+                self.lists[key] = value
+                world.watch.background_done(operation, value)
+        finally:
+            world.watch.handler_ends(lead)
 
     async def _read(self, key: str) -> tuple[str, ...]:
         """Behind the fence, which a leader's own memory is not."""
@@ -113,6 +139,11 @@ class Lists:
 
     async def close(self) -> None:
         self.world.watch.closed(self.lead)
+
+
+def background_key(shard: int) -> str:
+    """Where that shard's run() writes."""
+    return f"run{shard}"
 
 
 def _answer(words: tuple[str, ...]) -> web.Response:

@@ -41,7 +41,7 @@ class StorageFaults:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A write that was done."""
+    """A write that was done, or with an empty key an epoch that was registered."""
 
     true_ns: int
     shard: int
@@ -64,6 +64,7 @@ class Storage:
     registered: dict[int, int] = field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
     accepted: list[Accepted] = field(default_factory=list)
+    journal: list[Accepted] = field(default_factory=list)  # registrations, too
     refused: int = 0
     say: Callable[[str, str], object] = lambda *_: None
 
@@ -101,6 +102,7 @@ class Storage:
             self.refused += 1
             raise Refused(known)
         self.registered[shard] = epoch
+        self.journal.append(Accepted(self.loop.true_ns(), shard, epoch, "", ()))
         self.say("storage", f"shard {shard}: registers epoch {epoch}")
 
     def _load(self, shard: int, epoch: int, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -122,6 +124,7 @@ class Storage:
         self.say("storage", f"shard {shard} epoch {epoch}: {key} = {' '.join(value)}")
         done = Accepted(self.loop.true_ns(), shard, epoch, key, value)
         self.accepted.append(done)
+        self.journal.append(done)
 
     # --- the way there and back
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shardlead.clock import NS_PER_S
 from shardlead.worker.leadership import Leadership
 from tests.simulation import invariants
+from tests.simulation.clients import Operation
 from tests.simulation.invariants import Violation
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Tenant:
     is_open: bool = False
     is_closed: bool = False
     handlers: int = 0
+    opened_ns: int = -1
     doubtful_ns: int = -1  # when its key was first seen to be gone or another's, while its guard says yes
     lost_local_ns: int = -1  # by its machine's own clock, when the loss was first seen
 
@@ -51,6 +53,10 @@ class Witness:
     sids: dict[tuple[int, int], str] = field(default_factory=dict)  # (shard, epoch) -> who led under it
     given_up: dict[tuple[str, int, int], int] = field(default_factory=dict)  # (process, shard, revision) -> when sent
     router_epochs: dict[tuple[str, int], int] = field(default_factory=dict)
+    unserved: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # shard -> (revision, by its leader's clock since
+    # when): a key that nobody serves under
     leaderships: int = 0
     requests: int = 0
     _by_lead: dict[int, Tenant] = field(default_factory=dict)
@@ -95,6 +101,8 @@ class Witness:
     def opened(self, lead: Leadership) -> None:
         tenant = self._by_lead[id(lead)]
         tenant.is_open = True
+        tenant.opened_ns = self.world.loop.true_ns()
+        invariants.never_both_serving(self, tenant)
         self.world.say(tenant.process.machine.name, f"serves shard {lead.shard} epoch {lead.epoch}")
 
     def closed(self, lead: Leadership) -> None:
@@ -128,6 +136,8 @@ class Witness:
                 if tenant.handlers:
                     invariants.handlers_end_in_time(self, tenant)
                 invariants.belief_ends(self, tenant)
+        for shard in range(self.world.shards):
+            invariants.no_key_unserved(self, shard)
 
     # --- transactions and routing
 
@@ -164,6 +174,19 @@ class ProcessWatch:
 
     def handler_begins(self, lead: Leadership, _request: object) -> None:
         self.witness.handler_begins(lead)
+
+    def background(self, key: str) -> Operation:
+        """A leader writes of its own accord."""
+        world = self.witness.world
+        number = len(world.history)
+        operation = Operation(number, self.process.machine.name, key, f"w{number}", world.loop.true_ns())
+        operation.is_background = True
+        world.history.append(operation)
+        return operation
+
+    def background_done(self, operation: Operation, seen: tuple[str, ...]) -> None:
+        operation.outcome, operation.seen = "ok", seen
+        operation.ended_ns = self.witness.world.loop.true_ns()
 
     def handler_ends(self, lead: Leadership) -> None:
         self.witness.handler_ends(lead)

@@ -7,7 +7,6 @@ whole again in the time that is promised. Then what was acknowledged is compared
 import asyncio
 import random
 import traceback
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from shardlead.config import (
 )
 from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode, encode
-from shardlead.core.model import History, Meta
+from shardlead.core.model import History, LeaderRecord, Meta, WorkerRecord
 from shardlead.core.ring import SlotTable, build_table, encode_table, slot_count_for, slot_of, table_crc
-from shardlead.store.base import Compare, Delete, KeyValue, Put, Txn
+from shardlead.store.base import Compare, Delete, Put, Txn
 from shardlead.store.embedded import VERSION
 from shardlead.store.mirror import Change, Mirror
 from shardlead.virtual import Machine, VirtualLoop
@@ -36,7 +35,7 @@ from tests.simulation.clients import ANSWER_TIMEOUT_S, Client, Operation
 from tests.simulation.etcd import Etcd
 from tests.simulation.misbehaviour import Misbehaviour
 from tests.simulation.processes import NotingStore, RouterProcess, WorkerProcess
-from tests.simulation.service import Manners
+from tests.simulation.service import Manners, background_key
 from tests.simulation.storage import Storage, StorageFaults
 from tests.simulation.transport import LinkFaults, SimTransport
 from tests.simulation.witness import Witness
@@ -46,6 +45,7 @@ KEYS: Final = 12
 START_WITHIN_S: Final = 20.0
 LOOK_S: Final = 0.1
 WITNESS_S: Final = 0.5
+TICK_TIMEOUT_S: Final = 8.0  # three ticks that do not come, and the question to the store
 STEPS_MAX: Final = 300_000  # ordinary runs take 15,000
 _TABLES: dict[int, SlotTable] = {}
 
@@ -62,6 +62,7 @@ class Setup:
     try_timeout_s: float = 0.7
     drift: float = 0.0  # the machines' clocks run so much faster or slower, at most
     fenced: bool = True
+    idempotent: float = 0.0  # share of the worlds that have an application that removes duplicates
     link: LinkFaults = field(default_factory=LinkFaults)
     storage: StorageFaults = field(default_factory=StorageFaults)
     manners: Manners = field(default_factory=Manners)
@@ -114,6 +115,7 @@ class World:
         self.shards = setup.shards
         self.tolerated = setup.tolerated
         self.is_fenced = setup.fenced
+        self.is_idempotent = self.rng.random() < setup.idempotent
         self.keyspace = Keyspace(CLUSTER)
         self.manners = replace(setup.manners)
         self.history: list[Operation] = []
@@ -143,8 +145,9 @@ class World:
         self.addresses: dict[str, str] = {}  # of each worker's machine, over restarts
         self._clocks: dict[str, tuple[float, float]] = {}
         self._numbers: dict[str, int] = {}
-        self._versions: dict[bytes, tuple[list[int], list[KeyValue | None]]] = {}
-        self._indexed = 0
+        self._mirrors: list[MirrorWatch] = []
+        self._sids: dict[str, WorkerProcess] = {}
+        self._registered = 0  # of the store's log: so far it was searched for sessions
         self.founders = tuple(f"w{number + 1}" for number in range(setup.workers))
         self.is_over = False
         self.tamper: Callable[[str, Txn], Txn] = lambda _, txn: txn  # what an ablation does to a process's transactions
@@ -168,7 +171,28 @@ class World:
 
     def keys_of(self, shard: int) -> tuple[str, ...]:
         """The clients' keys of that shard."""
-        return tuple(key for key in self.keys if self.shard_of(key) == shard)
+        return (*(key for key in self.keys if self.shard_of(key) == shard), background_key(shard))
+
+    def process_of_sid(self, sid: str) -> WorkerProcess | None:
+        """Whose session that is or was, by who put its record."""
+        history, workers = self.etcd.history, self.keyspace.workers
+        for change in history[self._registered :]:
+            if change.value is not None and change.key.startswith(workers):
+                record = decode(WorkerRecord, change.key, change.value)
+                for process in self.processes.values():
+                    if process.machine.name == change.writer:
+                        self._sids.setdefault(record.sid, process)
+        self._registered = len(history)
+        return self._sids.get(sid)
+
+    @property
+    def unserved_max_s(self) -> float:
+        """For how long the key of a session that is active may stand unserved: audit + TTL, and what the application
+        and an unfenced class's wait take."""
+        worker, ttl_s = self.settings.worker, self.setup.ttl_s
+        application_s = worker.open_timeout_s + worker.drain_timeout_s + worker.close_timeout_s
+        wait_s = 0.0 if self.is_fenced else ttl_s + 0.5
+        return invariants.AUDIT_ROUNDS * ttl_s + ttl_s + application_s + wait_s + invariants.BELIEF_EXTRA_S
 
     @property
     def stored_generation(self) -> int:
@@ -259,6 +283,7 @@ class World:
                 self.keys,
                 self.history,
                 lambda text: self.say("client", text),
+                has_idempotency_keys=self.is_idempotent,
             )
             self.clients.append(client)
             self._client_tasks.append(self.client_machine.spawn(client.run(), client.name))
@@ -339,10 +364,33 @@ class World:
             operation = await self.client_machine.spawn(client.act(key, is_read=True))
             if operation.outcome != "ok":
                 self.witness.fail("I9", f"the last read of {key} failed: {operation}")
+        for key in map(background_key, range(self.shards)):
+            self._read_at_last(key)
+        await self._mirrors_become_current()
         for check in invariants.AT_THE_END:
             check(self.witness)
         for error in self.loop.errors:
             self.witness.fail("ERROR", f"{error.get('message')}: {_where(error.get('exception'))}")
+
+    def _read_at_last(self, key: str) -> None:
+        """What stands there in the end is what everybody must see."""
+        now_ns = self.loop.true_ns()
+        seen = self.storage.values.get(key, ())
+        self.history.append(Operation(len(self.history), "end", key, "", now_ns, now_ns, "ok", 200, seen))
+
+    async def be_quiet(self, settle_s: float, quiet_s: float) -> None:
+        """Nothing goes on: leaderships become even, and then stay where they are (I15)."""
+        await asyncio.sleep(settle_s)
+
+        def leaders() -> list[tuple[int, bytes]]:
+            kvs = (self.etcd.get(self.keyspace.leader(shard)) for shard in range(self.shards))
+            return [(kv.mod_revision, kv.value) for kv in kvs if kv is not None]
+
+        before = leaders()
+        await asyncio.sleep(quiet_s)
+        names = [decode(LeaderRecord, b"", value).worker for _, value in leaders()]
+        counts = [names.count(process.name) for process in self.living]
+        invariants.quiet_is_kept(self.witness, counts, len(set(leaders()) ^ set(before)) // 2)
 
     def abandon(self) -> None:
         """Let every task come to its end, those of crashed machines too, so that nothing of this world is left over.
@@ -352,41 +400,77 @@ class World:
 
     # --- mirrors
 
-    def watch_mirror(self, name: str, mirror: Mirror) -> None:
-        """Compare it with the store's past at each change (I8)."""
-        passed_on = mirror._on_change  # the witness sees everything
+    def watch_mirror(self, machine: Machine, mirror: Mirror) -> "MirrorWatch":
+        """Compare it with the store's past at each change, and with its present at the end (I8)."""
+        watch = MirrorWatch(self, machine, mirror)
+        self._mirrors.append(watch)
+        return watch
 
-        def look(change: Change) -> None:
-            self._compare(name, mirror, change.revision)
-            passed_on(change)
+    async def _mirrors_become_current(self) -> None:
+        """Each mirror that lives has been equal to its range at some instant of the next seconds."""
+        left = [watch for watch in self._mirrors if watch.is_alive]
+        for _ in range(int(TICK_TIMEOUT_S / LOOK_S)):
+            left = [watch for watch in left if watch.is_alive and watch.differs()]
+            if not left:
+                return
+            await asyncio.sleep(LOOK_S)
+        for watch in left:
+            invariants.mirror_is_current(self.witness, watch.name, watch.differs())
 
-        mirror._on_change = look
 
-    def _compare(self, name: str, mirror: Mirror, revision: int) -> None:
-        self._index()
-        low, high = mirror._key, mirror._range_end
-        wrong = []
-        for key, (revisions, versions) in self._versions.items():
-            if not low <= key < high:
-                continue
-            at = bisect_right(revisions, revision) - 1
-            then = versions[at] if at >= 0 else None
-            known = mirror.kvs.get(key)
-            if (then.mod_revision if then else 0) != (known.mod_revision if known else 0):
-                wrong.append(f"{key.decode()} is {known and known.mod_revision}, was {then and then.mod_revision}")
-        invariants.mirror_is_snapshot(self.witness, name, revision, wrong)
+class MirrorWatch:
+    """One mirror, and what it should show: the store's log, as far as the mirror says that it has come."""
 
-    def _index(self) -> None:
-        history = self.etcd.history
-        for change in history[self._indexed :]:
-            revisions, versions = self._versions.setdefault(change.key, ([], []))
-            revisions.append(change.revision)
-            versions.append(
-                None
-                if change.value is None
-                else KeyValue(change.key, change.value, 0, change.revision, 1, change.lease)
-            )
-        self._indexed = len(history)
+    def __init__(self, world: World, machine: Machine, mirror: Mirror) -> None:
+        self.name = f"{machine.name}'s {mirror._name}"
+        self.is_over = False
+        self._world = world
+        self._machine = machine
+        self._mirror = mirror
+        self._expected: dict[bytes, int] = {}  # key -> mod_revision
+        self._seen = 0  # of the store's log
+        self._passed_on = mirror._on_change  # the witness sees everything
+        mirror._on_change = self._look
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.is_over and not self._machine.is_crashed
+
+    def _look(self, change: Change) -> None:
+        if not self._world.etcd.has_regressed:  # then there is no one past to compare with
+            touched = self._advance(change.revision)
+            touched.update(kv.key for kv in (*change.puts, *change.deletes))
+            if change.is_load:
+                touched.update(self._expected, self._mirror.kvs)
+            invariants.mirror_is_snapshot(self._world.witness, self.name, change.revision, self._wrong(touched))
+        self._passed_on(change)
+
+    def differs(self) -> list[str]:
+        """From what stands in the store now."""
+        self._advance(self._world.etcd.model.revision)
+        return self._wrong({*self._expected, *self._mirror.kvs})
+
+    def _advance(self, revision: int) -> set[bytes]:
+        history, low, high = self._world.etcd.history, self._mirror._key, self._mirror._range_end
+        touched: set[bytes] = set()
+        while self._seen < len(history) and history[self._seen].revision <= revision:
+            change = history[self._seen]
+            self._seen += 1
+            if low <= change.key < high:
+                touched.add(change.key)
+                if change.value is None:
+                    self._expected.pop(change.key, None)
+                else:
+                    self._expected[change.key] = change.revision
+        return touched
+
+    def _wrong(self, keys: set[bytes]) -> list[str]:
+        kvs, wrong = self._mirror.kvs, []
+        for key in keys:
+            kv, then = kvs.get(key), self._expected.get(key, 0)
+            if (kv.mod_revision if kv is not None else 0) != then:
+                wrong.append(f"{key.decode()} is {kv and kv.mod_revision}, was {then or None}")
+        return sorted(wrong)
 
 
 def _where(error: BaseException | None) -> str:
