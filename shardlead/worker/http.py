@@ -42,6 +42,7 @@ from shardlead.worker.wire import (
     problem,
     read_call,
     refusal,
+    unreadable_body,
 )
 
 log = logging.getLogger("shardlead.http")
@@ -308,12 +309,13 @@ class Front:
             self._outcomes["cancelled"].inc()
             return self._sent_last
         facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
-        if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
+        is_bad_body = isinstance(failure, web.RequestPayloadError)  # the client's fault, met by whoever read on
+        if failure is not None and not is_bad_body and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
             log.error("application raised in handle", exc_info=failure, extra=facts)
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
-            self._outcomes["application-error"].inc()
-            answer = application_error(call.shard)
+            self._outcomes["bad-request" if is_bad_body else "application-error"].inc()
+            answer = unreadable_body(call.shard) if is_bad_body else application_error(call.shard)
         elif request.method in contract.SAFE_METHODS:
             verdict = self._host.admission(call.shard, call.epoch)
             turned = verdict if isinstance(verdict, Turned) else Turned(Refused.SUSPENDED, call.epoch)

@@ -161,6 +161,12 @@ def application_error(shard: int) -> web.Response:
     return problem(500, contract.Problem.APPLICATION_ERROR, "the application failed; its log says why", shard=shard)
 
 
+def unreadable_body(shard: int) -> web.Response:
+    """The client's body is not what its head announces: a content coding that it has not, or broken chunks."""
+    detail = "the body cannot be read as its Content-Encoding and length say"
+    return problem(400, contract.Problem.BAD_REQUEST, detail, shard=shard)
+
+
 def outcome_unknown(shard: int, *, is_idempotent: bool) -> web.Response:
     """The handler ran, and its leadership ended before its answer could leave."""
     advice = "send it again with the same Idempotency-Key" if is_idempotent else "look before you repeat"
