@@ -127,6 +127,21 @@ class Session:
         """Seconds until the deadline; negative after it, and when not active."""
         return (self._guard_ns - self._clock.now_ns()) / NS_PER_S if self._guard_ns else -1.0
 
+    async def suspended_for(self, seconds: float) -> None:
+        """Return once it has been suspended for so long and no renewal has succeeded meanwhile: the store is away."""
+        while True:
+            while not self._is_cut_off():
+                await self._next_change()
+            try:
+                async with asyncio.timeout(seconds):
+                    while self._is_cut_off():
+                        await self._next_change()
+            except TimeoutError:
+                return
+
+    def _is_cut_off(self) -> bool:
+        return isinstance(self._state, Suspended) and not self._state.renewed_until_ns
+
     # --- verdicts from outside ---
 
     def lose(self, reason: str) -> None:

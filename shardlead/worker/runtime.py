@@ -51,6 +51,7 @@ log = logging.getLogger("shardlead.worker")
 
 REJOIN_S: Final = 0.2  # first pause before a session is opened again after a failure; doubles
 REJOIN_MAX_S: Final = 2.0
+STORE_AWAY_S: Final = 3.0  # a stop that has lost its store waits so long for it: an etcd leader change takes 1 to 3 s
 SOUND_SESSION_S: Final = 2.0  # a session that lasts so long is followed by the next at once
 
 
@@ -366,7 +367,8 @@ class Worker:
             session.lose(f"its work failed: {error}")
         self._metrics.sessions_lost.labels("lost").inc()
         self._host.lose_all("the session is lost")
-        is_idle = await self._wait_idle(self._settings.worker.cancel_grace_s + self._settings.worker.close_timeout_s)
+        worker = self._settings.worker
+        is_idle = await self._host.wait_idle(worker.cancel_grace_s + worker.close_timeout_s)
         if is_idle or self._host.fenced:
             await session.close()
         if self._will is not None:
@@ -385,9 +387,10 @@ class Worker:
         if session.record is not None:
             await session.announce(replace(session.record, state="draining"))
         steward.drain((self._clock.now_ns() - began_ns) / NS_PER_S)
-        is_idle = await self._wait_idle(worker.shutdown_timeout_s, until=work)
-        if not is_idle:
-            log.error("not everything could be handed over in time", extra={"worker": self.name})
+        if not await self._handed_over(session, work):
+            reason = "the store is away" if not session.is_active else "the time allowed is over"
+            facts = {"worker": self.name, "reason": reason}
+            log.error("leaving with shards not handed over; they are led again once the lease has ended", extra=facts)
             return False
         await self._front.stop_accepting()
         await self._front.linger(worker.linger_s)
@@ -398,18 +401,25 @@ class Worker:
         log.info("left", extra={"worker": self.name})
         return True
 
-    async def _wait_idle(self, timeout_s: float, until: asyncio.Task[None] | None = None) -> bool:
-        """Whether the host led and ran nothing any more within so long."""
-        assert self._host is not None, "comes after the start"
-        idle = asyncio.create_task(self._host.wait_idle(timeout_s), name="wait idle")
+    async def _handed_over(self, session: Session, work: asyncio.Task[None]) -> bool:
+        """Whether nothing is led and nothing runs any more, within the time allowed.
+
+        A store that is away for long ends the wait as well. Nothing has been served since the session's deadline, so
+        that all that could still be handed over is time: the parent's, to give the lease back before both are killed.
+        """
+        assert self._host is not None, "leaving comes after the start"
+        idle = asyncio.create_task(self._host.wait_idle(self._settings.worker.shutdown_timeout_s), name="wait idle")
+        away = asyncio.create_task(session.suspended_for(STORE_AWAY_S), name="store away")
         try:
-            if until is not None:
-                await asyncio.wait({idle, until}, return_when=asyncio.FIRST_COMPLETED)
-                if until.done():
-                    self._host.lose_all("the session is lost")
+            await asyncio.wait({idle, away, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                self._host.lose_all("the session is lost")
+            elif away.done():
+                return self._host.is_idle
             return await idle
         finally:
             idle.cancel()
+            away.cancel()
 
     async def _sleep_unless_stopping(self, pause_s: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -78,6 +78,8 @@ class Fickle(HttpTransport):
 
     def __init__(self, settings: StoreSettings, rng: random.Random) -> None:
         super().__init__(settings)
+        self.flow = asyncio.Event()  # while it is not set, nothing gets through, and no watch tells anything
+        self.flow.set()
         self.loss = 0.0  # share of the transactions that are lost, one way or the other
         self.held_back: dict[bytes, asyncio.Event] = {}  # watches that begin at this key tell nothing until it is set
         self._rng = rng
@@ -86,6 +88,8 @@ class Fickle(HttpTransport):
     async def post(
         self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> Answer:
+        if not self.flow.is_set():
+            raise TransportError("the test's own fault: cut", is_sent=False)
         if path != TXN or self._rng.random() >= self.loss:
             return await super().post(channel, endpoint, path, body, headers, timeout_s)
         fate = self._rng.choice(("lost", "answer lost", "late"))
@@ -104,7 +108,7 @@ class Fickle(HttpTransport):
         for key, released in self.held_back.items():
             if b64(key) in body.decode():
                 return _HeldBack(stream, released)
-        return stream
+        return _HeldBack(stream, self.flow)
 
     async def _send_late(self, *request: Any) -> Answer:
         await asyncio.sleep(self._rng.uniform(0.0, 0.1))
