@@ -273,8 +273,9 @@ class CommandError(ShardleadError):
 
 
 class ProcessFailed(ShardleadError):
-    """A process that `shardlead dev` or a test started did not do its part. `output` is the end of what it printed."""
+    """A process that `shardlead dev` or a test started did not do its part. `output` is the end of what it printed,
+    `code` its exit code if it has ended."""
 
-    def __init__(self, process: str, reason: str, output: str) -> None:
-        self.process, self.reason, self.output = process, reason, output
+    def __init__(self, process: str, reason: str, output: str, code: int | None = None) -> None:
+        self.process, self.reason, self.output, self.code = process, reason, output, code
         super().__init__(f"{process} {reason}" + (f"; it said:\n{output}" if output else ""))

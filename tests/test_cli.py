@@ -228,6 +228,8 @@ def test_version(spawn: Callable[..., Ran]) -> None:
         (("move", "1"), "Missing argument 'WORKER'"),
         (("worker",), "Missing argument 'MODULE:NAME'"),
         (("worker", "nomodule"), "must be MODULE:NAME"),
+        (("worker", ":Thing"), "must be MODULE:NAME"),
+        (("dev", "--app", "no.such:"), "must be MODULE:NAME"),
         (("worker", "no.such:Thing"), "there is no module 'no'"),
         (("worker", "shardlead.demo:Countre"), "did you mean Counter"),
         (("router", "--port", "http"), "--port: router.port = 'http': must be a whole number"),

@@ -20,7 +20,8 @@ fail_fast_option = click.option(
 
 def require_application_name(application: str, hint: str) -> None:
     """Raises click.BadParameter, with `hint` for its place, unless it has the form MODULE:NAME."""
-    if ":" not in application:
+    module, colon, name = application.partition(":")
+    if not (module and colon and name):
         raise click.BadParameter("must be MODULE:NAME, as in shardlead.demo:Counter", param_hint=hint)
 
 

@@ -21,6 +21,7 @@ from shardlead.dev.home import Home, home_of
 from shardlead.dev.options import DEMO, DevOptions
 from shardlead.devfile import DevCluster
 from shardlead.errors import CommandError, ProcessFailed
+from shardlead.loading import default_of
 from shardlead.narrator import Narrator
 from shardlead.processes import (
     DATA_VARIABLE,
@@ -55,6 +56,7 @@ WORKER_TIMES: Final = {  # Ctrl-C is answered within WORKER_STOP_S
     "worker.shutdown_timeout_s": 12,
 }
 STORE_STOP_S: Final = 5.0
+EXIT_USAGE: Final = 2
 QUIET_S: Final = 0.25  # changes closer together than this are told together
 TOLD_AFTER_S: Final = 1.5  # but no later than this
 RECONNECT_S: Final = 0.2
@@ -123,6 +125,8 @@ class _Dev:
             (outcome,) = await asyncio.gather(life, return_exceptions=True)
             if isinstance(outcome, ProcessFailed):
                 self._fail(str(outcome))
+                if outcome.code == EXIT_USAGE:
+                    self.exit_code = EXIT_USAGE  # what is wrong are the settings, the application's name say
             await self._stop()
             if isinstance(outcome, Exception) and not isinstance(outcome, ProcessFailed):
                 raise outcome
@@ -135,20 +139,22 @@ class _Dev:
         self.router = await self._start_router()
         seen = await self._wait_led(session, self.router)
         self._begin(seen)
-        path = self._tell_others()
+        with contextlib.ExitStack() as stack:
+            self._tell_others(stack)
+            await self._go_on(session, seen)
+
+    async def _go_on(self, session: aiohttp.ClientSession, seen: ClusterMap) -> None:
+        assert self.router is not None
         self._welcome(seen)
         if self.options.for_s is not None:
             asyncio.get_running_loop().call_later(self.options.for_s, self._stopping.set)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(session, self.router))
-                tasks.create_task(self._tell())
-                tasks.create_task(self._attend_vital(self.store))
-                tasks.create_task(self._attend_vital(self.router))
-                for worker in self.workers:
-                    tasks.create_task(self._attend_worker(worker))
-        finally:
-            devfile.remove(path)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(session, self.router))
+            tasks.create_task(self._tell())
+            tasks.create_task(self._attend_vital(self.store))
+            tasks.create_task(self._attend_vital(self.router))
+            for worker in self.workers:
+                tasks.create_task(self._attend_worker(worker))
 
     # --- starting
 
@@ -216,7 +222,8 @@ class _Dev:
             raise ProcessFailed("router", f"did not show its map within {LED_TIMEOUT_S:g} s", router.tail())
         return seen  # led in part: told as it is, the reason is in the workers' output
 
-    def _tell_others(self) -> Path:
+    def _tell_others(self, stack: contextlib.ExitStack) -> None:
+        """Let the other commands find this cluster, for as long as `stack` lasts."""
         assert self.router is not None
         info = DevCluster(
             pid=os.getpid(),
@@ -227,7 +234,12 @@ class _Dev:
             started=self.clock.wall_s(),
             data=str(self.home.folder) if self.home.is_kept else "",
         )
-        return devfile.write(info)
+        try:
+            stack.callback(devfile.remove, devfile.write(info))
+        except OSError as exc:  # a home that cannot be written: everything works but the finding
+            where = f"{exc.filename or devfile.folders()[-1]}: {exc.strerror or exc}"
+            named = f"--store {self.store_url} --cluster {CLUSTER}"
+            self.console.line(f"other commands cannot find this cluster and need {named} ({where})")
 
     # --- following
 
@@ -349,9 +361,12 @@ class _Dev:
     def _worker_line(self, name: str) -> str:
         """The command that starts one worker more, for another terminal."""
         words = [*_command_name(), "worker", self.options.app, "--name", name]
-        words += ["--store", self.store_url, "--cluster", CLUSTER]
+        lease = lease_settings(self.options.ttl_s)  # as the others', or its shards would wait longer for a successor
+        unusual = {field: value for field, value in lease.items() if value != default_of(field)}
+        words += ["--store", self.store_url, "--cluster", CLUSTER, *settings_flags(unusual)]
         name, value = ("SHARDLEAD_DEMO_DB", self.home.database) if self._is_demo else (DATA_VARIABLE, self.home.folder)
-        return f"{name}={shlex.quote(str(value))} {shlex.join(words)}"
+        folder = "" if self._is_demo else f"cd {shlex.quote(str(Path.cwd()))} && "  # where its module is found
+        return f"{folder}{name}={shlex.quote(str(value))} {shlex.join(words)}"
 
     def _welcome(self, seen: ClusterMap) -> None:
         assert self.router is not None
@@ -383,12 +398,13 @@ class _Dev:
         say(bold("Try, in another terminal:"))
         say()
         url, shardlead = f"localhost:{port}", shlex.join(_command_name())
+        here = "" if port == DevOptions().port else f" --dev {port}"  # a port of its own: there may be others
         victim = self.workers[0]
-        tries = [(f"{shardlead} shards", "who leads what"), (f"kill -9 {victim.pid}", f"{victim.name} crashes")]
+        tries = [(f"{shardlead} shards{here}", "who leads what"), (f"kill -9 {victim.pid}", f"{victim.name} crashes")]
         if self._is_demo:
             tries[:0] = [(f"curl -X POST {url}/counters/alice", "adds one"), (f"curl {url}/counters/alice", "reads")]
         if len(self.workers) > 1:
-            tries.append((f"{shardlead} drain {self.workers[1].name}", f"{self.workers[1].name} is emptied"))
+            tries.append((f"{shardlead} drain {self.workers[1].name}{here}", f"{self.workers[1].name} is emptied"))
         width = max(len(command) for command, _ in tries)
         for command, meaning in tries:
             say(f"  {command:<{width}}   {dim(f'# {meaning}')}")
