@@ -29,6 +29,7 @@ from shardlead.worker.leadership import Leadership
 from shardlead.worker.objects import Objects
 from shardlead.worker.tasks import Tasks
 from shardlead.worker.tenure import Hosted
+from shardlead.worker.tracebacks import Tracebacks
 
 log = logging.getLogger("shardlead.host")
 
@@ -97,6 +98,7 @@ class Host:
             self._tasks,
             fenced=fenced,
             metrics=metrics,
+            tracebacks=Tracebacks(clock),
             executor=executor,
             exit_process=exit_process,
         )

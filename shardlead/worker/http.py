@@ -33,6 +33,7 @@ from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
 from shardlead.worker.host import Host
 from shardlead.worker.serverlog import ServerLog
 from shardlead.worker.tenure import Tenure
+from shardlead.worker.tracebacks import Tracebacks, in_a_line
 from shardlead.worker.wire import (
     Call,
     announces_body,
@@ -82,6 +83,7 @@ class Front:
         self._host = host
         self._application = application
         self._clock = clock
+        self._tracebacks = Tracebacks(clock)
         self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in OUTCOMES}
         self._duration = metrics.request_duration
         self._failures = metrics.application_failures.labels("handle")
@@ -312,7 +314,8 @@ class Front:
         is_bad_body = isinstance(failure, web.RequestPayloadError)  # the client's fault, met by whoever read on
         if failure is not None and not is_bad_body and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
-            log.error("application raised in handle", exc_info=failure, extra=facts)
+            exc_info = self._tracebacks.of(failure)
+            log.error("application raised in handle", exc_info=exc_info, extra={**facts, "reason": in_a_line(failure)})
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
             self._outcomes["bad-request" if is_bad_body else "application-error"].inc()
             answer = unreadable_body(call.shard) if is_bad_body else application_error(call.shard)

@@ -21,6 +21,7 @@ from shardlead.worker.entry import Entry
 from shardlead.worker.leadership import Guard, Leadership
 from shardlead.worker.tasks import Tasks
 from shardlead.worker.tenure import CANCELLED, Hosted, Tenure
+from shardlead.worker.tracebacks import Tracebacks, in_a_line
 
 log = logging.getLogger("shardlead.objects")
 
@@ -44,10 +45,12 @@ class Objects:
         *,
         fenced: bool,
         metrics: WorkerMetrics,
+        tracebacks: Tracebacks,
         executor: Executor | None,
         exit_process: Callable[[int], object],
     ) -> None:
         self._settings = settings
+        self._tracebacks = tracebacks
         self._worker = worker
         self._make = make
         self._report = report
@@ -58,6 +61,9 @@ class Objects:
         self._exit_process = exit_process
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._is_unfenced_told = False
+
+    def _log_failure(self, what: str, error: BaseException, facts: Mapping[str, object]) -> None:
+        log.error(what, exc_info=self._tracebacks.of(error), extra={**facts, "reason": in_a_line(error)})
 
     # --- opening ---
 
@@ -82,7 +88,7 @@ class Objects:
             log.error("open() met an epoch from the future", extra={"shard": shard, "reason": str(exc)})  # noqa: TRY400  # one line
             event = ownership.Failed(str(exc))
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
-            log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("open() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")
         if isinstance(event, ownership.Failed):
             self._metrics.application_failures.labels("open").inc()
@@ -111,15 +117,15 @@ class Objects:
         event: ownership.Event | None = None
         try:
             await tenure.application.run()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
             if _is_cancelled():
                 raise
-            log.exception("run() was cancelled from within", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("run() was cancelled from within", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed("run() was cancelled from within")
         except (Fenced, LeadershipLost) as exc:
             event = self._refused(entry, f"run() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
-            log.exception("run() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("run() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
         finally:
             tenure.lead.note_end()
@@ -147,8 +153,8 @@ class Objects:
                     continue
                 try:
                     is_healthy = bool(application.healthy())
-                except (Exception, asyncio.CancelledError):  # the application's own code; raising is not healthy
-                    log.exception("healthy() failed", extra={"shard": shard})
+                except (Exception, asyncio.CancelledError) as exc:  # the application's own code; raising is not healthy
+                    self._log_failure("healthy() failed", exc, {"shard": shard})
                     is_healthy = False
                 strikes[shard] = 0 if is_healthy else strikes.get(shard, 0) + 1
                 if strikes[shard] >= HEALTH_STRIKES:
@@ -235,8 +241,8 @@ class Objects:
         except LeadershipError as exc:
             log.info("close() found its leadership over", extra={**facts, "reason": str(exc)})
             return
-        except Exception:  # the application's own code may raise anything
-            log.exception("close() failed", extra=facts)
+        except Exception as exc:  # the application's own code may raise anything
+            self._log_failure("close() failed", exc, facts)
         self._metrics.application_failures.labels("close").inc()
 
     async def _call(self, shard: int, entry: Entry, work: Coroutine[object, object, None], timeout_s: float) -> bool:
