@@ -158,7 +158,7 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             await self._begin()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: without __aenter__ nobody calls __aexit__, and processes run by now
             self.show_logs()
             await self._exit.aclose()
             raise
@@ -274,7 +274,7 @@ class LocalCluster:
         try:
             async with asyncio.timeout(timeout_s):
                 out, err = await process.communicate()
-        except BaseException:
+        except BaseException:  # cancelled, too: nobody else knows of this process
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

@@ -68,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `shardlead shards | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as exc:
+    except Exception as exc:  # the last one: no user is shown a traceback
         return _failed(exc)
     return code if isinstance(code, int) else 0
 

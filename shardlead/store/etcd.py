@@ -334,7 +334,7 @@ class EtcdStore:
         except TimeoutError as exc:
             stream.close()
             raise TransportError(f"the watch was not created within {timeout_s:.3g} s", is_sent=True) from exc
-        except BaseException:
+        except BaseException:  # cancelled, too: a watch that nobody reads would stay open at the server
             stream.close()
             raise
         self._health.answered(endpoint)

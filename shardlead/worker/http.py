@@ -264,7 +264,7 @@ class Front:
                     pass
             else:
                 raise
-        except Exception as exc:
+        except Exception as exc:  # the application's own code may raise anything; it costs it this answer
             failure = exc
         else:
             self._outcomes["answered"].inc()

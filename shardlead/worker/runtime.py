@@ -152,7 +152,7 @@ class Worker:
     async def __aenter__(self) -> "Worker":
         try:
             await self._enter()
-        except BaseException:
+        except BaseException:  # cancelled, too: without __aenter__ nobody calls __aexit__, and a port is open by now
             await self._stack.aclose()
             raise
         return self
