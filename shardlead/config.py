@@ -337,8 +337,9 @@ def _relations(settings: Settings) -> list[_Relation]:
         ),
         _Relation(
             ("worker.handle_need_s", "lease.ttl_s"),
-            worker.handle_need_s < slack,
-            f"must be less than what is left of a lease between two renewals, {slack:g} s",
+            worker.handle_need_s < slack or slack < 2 * store.try_timeout_s,  # then that is what is wrong
+            f"worker.handle_need_s ({worker.handle_need_s:g}) must be less than what is left of a lease between two "
+            f"renewals, {slack:g} s",
         ),
         _Relation(
             ("store.try_timeout_s", "store.call_timeout_s"),

@@ -141,7 +141,8 @@ def problem(
     }
     if shard is not None:
         body["shard"] = shard
-    return web.Response(status=status, body=orjson.dumps(body), content_type=contract.PROBLEM_JSON, headers=headers)
+    content = orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE)  # as the router's
+    return web.Response(status=status, body=content, content_type=contract.PROBLEM_JSON, headers=headers)
 
 
 def refusal(shard: int, turned: Turned) -> web.Response:
