@@ -4,6 +4,7 @@
     from shardlead import Worker, EtcdStore     a worker in one's own process
     from shardlead.fencing import ...           storage that refuses old epochs
     from shardlead.testing import ...           a cluster for tests of one's own
+    from shardlead import verify                what audit logs prove
     from shardlead import NotLeading, Fenced    and all other errors, one tree: see shardlead.errors
 
 All is imported when it is first asked for, so that `shardlead --help` answers at once and Ctrl-C is heard in time.
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and editors see it
+    from shardlead.audit import verify
     from shardlead.clock import Clock, SystemClock
     from shardlead.config import Settings
     from shardlead.errors import (
@@ -54,6 +56,7 @@ __all__ = [
     "SystemClock",
     "Worker",
     "WriteUnknown",
+    "verify",
 ]
 
 _HOMES = {
@@ -76,6 +79,7 @@ _HOMES = {
     "SystemClock": "shardlead.clock",
     "Worker": "shardlead.worker.runtime",
     "WriteUnknown": "shardlead.errors",
+    "verify": "shardlead.audit",
 }
 
 
