@@ -3,6 +3,7 @@
     python -m tests            format, lint, strict types, imports, all tests but the long ones
     python -m tests long       the same with the long lists
     python -m tests simulate   the simulation alone: seeds, scenarios, traces (see --help)
+    python -m tests faults     random faults to real processes on three real etcd members (see --help)
     python -m tests PATH ...   pytest alone, with these arguments
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
@@ -54,6 +55,10 @@ def main(arguments: list[str]) -> int:
         from tests.simulation import many  # what it imports takes longer than the other checks need to begin
 
         return many.main(arguments[1:])
+    if arguments[:1] == ["faults"]:
+        from tests.e2e.faults import run as faults
+
+        return faults.main(arguments[1:])
     is_long = arguments == ["long"]
     if arguments and not is_long:
         return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode

@@ -278,15 +278,25 @@ class EtcdCluster:
 
 @contextlib.contextmanager
 def etcd_server(
-    kind: str = "3.5", *, members: int = 1, tls: bool = False, extra_args: Sequence[str] = ()
+    kind: str = "3.5",
+    *,
+    members: int = 1,
+    tls: bool = False,
+    extra_args: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Iterator[EtcdCluster]:
-    """A running etcd; `extra_args` go to every member ("--auth-token-ttl=2" and the like).
+    """A running etcd; `extra_args` go to every member ("--auth-token-ttl=2" and the like). Its data and logs go to
+    `folder`, which then stays; otherwise they go away.
 
     Heartbeat and election time-out keep etcd's defaults (so the smallest lease is 2 s). etcd 3.5 does not fsync.
     """
     binary = etcd_binary(kind)
-    with tempfile.TemporaryDirectory(prefix="shardlead-etcd-", ignore_cleanup_errors=True) as folder:
-        root = Path(folder)
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="shardlead-etcd-", ignore_cleanup_errors=True))
+            )
+        root = folder
         files = make_tls(root / "tls") if tls else None
         for attempt in range(1, PORT_TRIES_MAX + 1):
             cluster = _lay_out(binary, kind, root / str(attempt), members, files, extra_args)
