@@ -24,8 +24,8 @@ from shardlead.errors import ProcessFailed
 from shardlead.processes import LOOPBACK, ClusterMap, Process, WorkerProcess, free_port, read_map
 from shardlead.testing import LocalCluster
 from tests.e2e.faults.apps import FILE, FOLDER_VARIABLE, stored
-from tests.e2e.faults.proxy import Link
-from tests.support.etcd import EtcdCluster, EtcdMember, etcd_binary, etcd_server
+from tests.e2e.faults.proxy import Link, PeerNetwork
+from tests.support.etcd import EtcdCluster, EtcdMember, etcd_binary, etcd_server, free_ports
 
 CASES: Final = ("plain", "auth", "tls")
 USER: Final = "shardlead"
@@ -51,24 +51,55 @@ class Plan:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def etcd_of(plan: Plan) -> Iterator[EtcdCluster]:
-    """The members, with what the case asks of them."""
-    extra = ("--auth-token-ttl", str(TOKEN_TTL_S)) if plan.case == "auth" and plan.etcd != "3.4" else ()
-    folder = plan.folder / "etcd"
-    folder.mkdir(parents=True)
-    with etcd_server(plan.etcd, members=3, tls=plan.case == "tls", extra_args=extra, folder=folder) as etcd:
+class Store:
+    """The etcd of a plan, with a network between its members, for as long as the block lasts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        ports = free_ports(6)
+        self._listening, self._told = ports[:3], ports[3:]
+        self.peers = PeerNetwork(self._listening, self._told)
+        self.members: Members
+        self._exit = contextlib.ExitStack()
+
+    async def __aenter__(self) -> Self:
+        await self.peers.open()
+        try:
+            etcd = await asyncio.to_thread(self._start)
+        except BaseException:
+            await self.peers.close()
+            raise
+        self.members = Members(etcd, has_auth=self.plan.case == "auth")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.peers.heal()
+        await asyncio.to_thread(self._exit.close)
+        await self.peers.close()
+
+    def _start(self) -> EtcdCluster:
+        plan = self.plan
+        extra = ("--auth-token-ttl", str(TOKEN_TTL_S)) if plan.case == "auth" and plan.etcd != "3.4" else ()
+        folder = plan.folder / "etcd"
+        folder.mkdir(parents=True)
+        peers = list(zip(self._listening, self._told, strict=True))
+        server = etcd_server(plan.etcd, members=3, tls=plan.case == "tls", extra_args=extra, folder=folder, peers=peers)
+        etcd = self._exit.enter_context(server)
         if plan.case == "auth":
             etcd.enable_auth(users={USER: PASSWORD})
-        yield etcd
+        return etcd
 
 
 class Fleet:
     """The cluster for as long as the block lasts."""
 
-    def __init__(self, plan: Plan, etcd: EtcdCluster) -> None:
+    def __init__(self, plan: Plan, store: Store) -> None:
         self.plan = plan
-        self.members = Members(etcd, has_auth=plan.case == "auth")
+        self.members = store.members
+        self.peers = store.peers
+        etcd = store.members.etcd
         self.to_store: dict[str, list[Link]] = {}
         """The links of a worker or router to each member."""
         self.to_worker: dict[str, Link] = {}
@@ -76,7 +107,7 @@ class Fleet:
         self.expected: set[int] = set()
         """Processes (by the pid of their parent) whose end is our doing."""
         self.surprises: list[str] = []
-        self._starting: dict[str, asyncio.Task[WorkerProcess]] = {}
+        self._starting: dict[str, asyncio.Task[Any]] = {}
         self._exit = AsyncExitStack()
         self._ports: dict[str, int] = {}
         self._keys = probe_keys(plan.shards)
@@ -147,8 +178,8 @@ class Fleet:
             for name in names:
                 tasks.create_task(self.start_worker(name))
             for name in routers:
-                tasks.create_task(self.cluster.add_router({"store.endpoints": self._endpoints(name)}))
-        self.cluster.routers.sort(key=lambda process: process.name)
+                self._ports[name] = free_port()
+                tasks.create_task(self._start_router(name))
         await self.cluster.wait_led(STARTED_S)
         await self.cluster.wait_ready(STARTED_S)
 
@@ -182,18 +213,37 @@ class Fleet:
         }
         return await self.cluster.add_worker(name, own)
 
-    def start_again(self, name: str) -> None:
-        """Begin to start it; `started` waits."""
-        self._starting[name] = asyncio.create_task(self.start_worker(name), name=f"start {name}")
+    async def _start_router(self, name: str) -> Process:
+        return await self.cluster.add_router(
+            {"router.port": self._ports[name], "store.endpoints": self._endpoints(name)}
+        )
 
-    async def started(self) -> None:
-        """Returns once every worker that was started again is up. One that is not is a surprise."""
-        for name, task in list(self._starting.items()):
+    def address(self, router: str) -> str:
+        """Where that router listens."""
+        return f"{LOOPBACK}:{self._ports[router]}"
+
+    def router(self, name: str) -> Process:
+        """The process of that router."""
+        return next(each for each in self.cluster.routers if each.is_ready and each.address == self.address(name))
+
+    def _router_name(self, process: Process) -> str:
+        return next(name for name in self._ports if self.address(name) == process.address)
+
+    def start_again(self, name: str) -> None:
+        """Begin to start that worker or router; `started` waits."""
+        if name in self.to_worker:
+            self._starting[name] = asyncio.create_task(self.start_worker(name), name=f"start {name}")
+        else:
+            self.cluster.routers[:] = [each for each in self.cluster.routers if each.is_running]
+            self._starting[name] = asyncio.create_task(self._start_router(name), name=f"start {name}")
+
+    async def started(self, *names: str) -> None:
+        """Returns once these (all) that were started again are up. One that is not is a surprise."""
+        for name in names or tuple(self._starting):
             try:
-                await task
+                await self._starting.pop(name)
             except ProcessFailed as exc:
                 self.surprises.append(f"{name} did not come back: {exc}")
-            del self._starting[name]
 
     async def _end_starting(self) -> None:
         for task in self._starting.values():
@@ -211,8 +261,7 @@ class Fleet:
             if not process.is_running and process.root_pid not in self.expected:
                 self.expected.add(process.root_pid)
                 found.append(f"{process.name} ended by itself with code {process.returncode}")
-                if isinstance(process, WorkerProcess):
-                    self.start_again(process.name)
+                self.start_again(process.name if isinstance(process, WorkerProcess) else self._router_name(process))
         self.surprises += found
         return found
 
@@ -326,6 +375,11 @@ class Members:
                 return {}
 
         return list(await asyncio.gather(*(one(member) for member in self)))
+
+    async def ids(self) -> list[str]:
+        """The members' ids in hex, in their order; "" of one that does not answer."""
+        found = [status.get("header", {}).get("member_id", "") for status in await self.status()]
+        return [f"{int(each):x}" if each else "" for each in found]
 
     async def term(self) -> int:
         """Raft's term: it grows with each election."""

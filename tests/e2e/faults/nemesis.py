@@ -42,8 +42,9 @@ class Nemesis:
         self._healed_s = time.monotonic()
         begun = []
         for name in names:
+            if begun:
+                await asyncio.sleep(self.rng.uniform(0.0, 2.5))
             begun.append(asyncio.create_task(self._do(name), name=name))
-            await asyncio.sleep(self.rng.uniform(0.0, 2.5))
         for result in await asyncio.gather(*begun, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -90,6 +91,11 @@ class Nemesis:
         running = [name for name, process in self.fleet.workers.items() if process.is_running and process.is_ready]
         free = self.free(sorted(running))
         return self.fleet.workers[self.rng.choice(free)] if len(free) > 1 else None
+
+    def router(self) -> str:
+        """One that nothing is done to; "" if another one is in trouble."""
+        names = [name for name in self.fleet.to_store if name not in self.fleet.to_worker]
+        return self.rng.choice(names) if self.free(names) == names else ""
 
     def members(self, count: int) -> list[int]:
         """So many members that nothing is done to; none if that would take a majority without being meant to."""
@@ -178,16 +184,28 @@ async def frozen_in_write(nemesis: Nemesis) -> None:
 
 async def router_frozen(nemesis: Nemesis) -> None:
     """SIGSTOP to a router, which then has an old view."""
-    routers = nemesis.fleet.cluster.routers
-    free = nemesis.free([process.name for process in routers])
-    if len(free) < len(routers):
-        return
-    process = nemesis.rng.choice(routers)
-    with nemesis.seize(process.name):
-        nemesis.begin(f"router_frozen {process.name}")
-        process.stop()
-        await nemesis.lasts(0.5, nemesis.ttl_s + 2)
-        process.cont()
+    name = nemesis.router()
+    if name:
+        with nemesis.seize(name):
+            nemesis.begin(f"router_frozen {name}")
+            process = nemesis.fleet.router(name)
+            process.stop()
+            await nemesis.lasts(0.5, nemesis.ttl_s + 2)
+            process.cont()
+
+
+async def router_killed(nemesis: Nemesis) -> None:
+    """SIGKILL to a router; a new one at its address."""
+    name = nemesis.router()
+    if name:
+        with nemesis.seize(name):
+            nemesis.begin(f"router_killed {name}")
+            process = nemesis.fleet.router(name)
+            nemesis.fleet.expect_end(process)
+            process.kill()
+            await process.exited(GONE_S)
+            nemesis.fleet.start_again(name)
+            await nemesis.fleet.started(name)
 
 
 # --- etcd ------------------------------------------------------------------------------------------------------------
@@ -246,6 +264,23 @@ async def _freeze_members(nemesis: Nemesis, what: str, numbers: list[int]) -> No
         await nemesis.lasts(0.3, nemesis.ttl_s + 2)
         for member in members:
             member.thaw()
+
+
+async def member_cut_off(nemesis: Nemesis) -> None:
+    """Between one member and the others: silence, or one way only; by preference the one that leads."""
+    numbers = nemesis.members(1)
+    leader = await nemesis.fleet.members.leader()
+    ids = await nemesis.fleet.members.ids()
+    if not numbers or leader is None or not all(ids) or len(nemesis.members(1)) == 0:
+        return
+    number = leader if nemesis.rng.random() < 0.6 else numbers[0]
+    with nemesis.seize(*(f"m{each}" for each in range(3))):
+        hears, speaks = nemesis.rng.choice(((False, False), (True, False), (False, True)))
+        what = "both" if hears == speaks else "mute" if hears else "deaf"
+        nemesis.begin(f"member_cut_off_{what} m{number}{' which leads' if number == leader else ''}")
+        nemesis.fleet.peers.cut(number, ids, hears=hears, speaks=speaks)
+        await nemesis.lasts(0.5, nemesis.ttl_s + 3)
+        nemesis.fleet.peers.heal()
 
 
 async def leader_moved(nemesis: Nemesis) -> None:
@@ -351,11 +386,12 @@ async def moves(nemesis: Nemesis) -> None:
 FAULTS: Final[dict[str, Fault]] = {
     each.__name__: each
     for each in (
-        *(worker_killed, host_lost, parent_killed, worker_restarted, worker_frozen, frozen_in_write, router_frozen),
-        *(member_killed, quorum_killed, member_frozen, quorum_frozen, leader_moved),
+        *(worker_killed, host_lost, parent_killed, worker_restarted, worker_frozen, frozen_in_write),
+        *(router_frozen, router_killed),
+        *(member_killed, quorum_killed, member_frozen, quorum_frozen, member_cut_off, leader_moved),
         *(store_cut, worker_cut, store_refused, store_late, worker_late, resets, moves),
     )
 }
 
-OFTEN: Final = ("frozen_in_write", "worker_frozen", "store_cut", "member_killed", "worker_killed")
+OFTEN: Final = ("frozen_in_write", "worker_frozen", "store_cut", "member_killed", "worker_killed", "member_cut_off")
 """Drawn twice as often as the others."""

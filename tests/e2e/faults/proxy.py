@@ -16,12 +16,14 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from shardlead.processes import LOOPBACK
 
 _PIECE_BYTES: Final = 65_536
+_FROM: Final = b"x-server-from:"
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
 
 
@@ -134,10 +136,11 @@ class Link:
         try:
             answers, onward = await asyncio.open_connection(*self.target)
             self._writers.add(onward)
+            forward, backward = await self._flows_of(reader, onward)
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(self.forward, reader, onward))
-                pumps.create_task(self._pump(self.backward, answers, writer))
-        except OSError:
+                pumps.create_task(self._pump(forward, reader, onward))
+                pumps.create_task(self._pump(backward, answers, writer))
+        except (OSError, EOFError, asyncio.LimitOverrunError):
             writer.transport.abort()  # nobody listens at the target
         except asyncio.CancelledError:
             pass  # only `close` cancels, and a cancelled handler would be logged as an error by asyncio's streams
@@ -147,6 +150,10 @@ class Link:
                     self._writers.discard(each)
                     each.transport.abort() if task.cancelling() else each.close()
             self._tasks.discard(task)
+
+    async def _flows_of(self, reader: asyncio.StreamReader, onward: asyncio.StreamWriter) -> tuple[Flow, Flow]:
+        """The two directions of a new connection."""
+        return self.forward, self.backward
 
     async def _pump(self, flow: Flow, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         try:
@@ -163,3 +170,68 @@ class Link:
         except OSError:
             await flow.opened.wait()  # a reset does not pass a cut either
             target.transport.abort()
+
+
+class PeerLink(Link):
+    """Before the port at which an etcd member listens for the others: knows by whom a connection was made.
+
+    Members say who they are in the head of each request, `X-Server-From`, and a connection is one member's for as long
+    as it lasts. What a member sends flows both ways: in the requests that it makes, and in the answers to the others'.
+    """
+
+    def __init__(self, name: str, target: tuple[str, int]) -> None:
+        super().__init__(name, target)
+        self.by_source: dict[str, tuple[Flow, Flow]] = {}
+
+    def flows(self, source: str) -> tuple[Flow, Flow]:
+        """The two directions of all connections that this member (its id in hex) makes."""
+        return self.by_source.setdefault(source, (Flow(), Flow()))
+
+    async def _flows_of(self, reader: asyncio.StreamReader, onward: asyncio.StreamWriter) -> tuple[Flow, Flow]:
+        head = await reader.readuntil(b"\r\n\r\n")
+        source = next(
+            (line.partition(b":")[2].strip() for line in head.split(b"\r\n") if line.lower().startswith(_FROM)), b""
+        )
+        forward, backward = self.flows(source.decode())
+        await forward.opened.wait()
+        onward.write(head)
+        return forward, backward
+
+
+class PeerNetwork:
+    """Between the members of an etcd: who hears whom."""
+
+    def __init__(self, listening: Sequence[int], told: Sequence[int]) -> None:
+        self.links = [PeerLink(f"peer-m{number}", (LOOPBACK, port)) for number, port in enumerate(listening)]
+        for link, port in zip(self.links, told, strict=True):
+            link.port = port
+
+    async def open(self) -> None:
+        for link in self.links:
+            await link.open()
+
+    async def close(self) -> None:
+        for link in self.links:
+            await link.close()
+
+    def cut(self, number: int, ids: Sequence[str], *, hears: bool, speaks: bool) -> None:
+        """Take from this member what it hears, what it says, or both; `ids` are all members' ids in hex."""
+        for other, link in enumerate(self.links):
+            if other == number:
+                for source in ids:
+                    self._hold(link.flows(source), forward=not hears, backward=not speaks)
+            else:
+                self._hold(link.flows(ids[number]), forward=not speaks, backward=not hears)
+
+    def heal(self) -> None:
+        """Everybody hears everybody."""
+        for link in self.links:
+            for flows in link.by_source.values():
+                for flow in flows:
+                    flow.opened.set()
+
+    @staticmethod
+    def _hold(flows: tuple[Flow, Flow], *, forward: bool, backward: bool) -> None:
+        for flow, is_held in zip(flows, (forward, backward), strict=True):
+            if is_held:
+                flow.opened.clear()

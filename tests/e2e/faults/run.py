@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.e2e.faults.fleet import CASES, Fleet, Plan, etcd_of
+from tests.e2e.faults.fleet import CASES, Fleet, Plan, Store
 from tests.e2e.faults.judge import audit_violations, judge_history, troubles
 from tests.e2e.faults.nemesis import FAULTS, OFTEN, Nemesis
 from tests.e2e.faults.workload import Workload
-from tests.support.etcd import KINDS, EtcdCluster
+from tests.support.etcd import KINDS
 
 WHOLE_MAX_S: Final = 60.0
 CALM_S: Final = 1.0
@@ -40,6 +40,7 @@ class Outcome:
     plan: Plan
     seed: int
     seconds: float
+    only: Sequence[str] = ()
     operations: dict[str, int] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
@@ -67,6 +68,7 @@ class Outcome:
         return (
             f"python -m tests faults --seconds {self.seconds:g} --seed {self.seed} --etcd {plan.etcd} "
             f"--case {plan.case} --app {plan.app.rpartition(':')[2]} --ttl {plan.ttl_s} --workers {plan.workers}"
+            + (f" --only {','.join(self.only)}" if self.only else "")
         )
 
     def __str__(self) -> str:
@@ -89,31 +91,32 @@ class Outcome:
         return "\n".join(lines)
 
 
-def run(plan: Plan, seed: int, seconds: float, say: Callable[[str], object] = print) -> Outcome:
-    """Play it. The folder stays; `clean` removes it."""
-    outcome = Outcome(plan, seed, seconds)
-    with etcd_of(plan) as etcd:
-        asyncio.run(_play(plan, seed, seconds, etcd, outcome, say))
+def run(
+    plan: Plan, seed: int, seconds: float, *, only: Sequence[str] = (), say: Callable[[str], object] = print
+) -> Outcome:
+    """Play it, with all faults or these only. The folder stays."""
+    outcome = Outcome(plan, seed, seconds, only)
+    asyncio.run(_play(outcome, say))
     outcome.troubles = troubles(plan.folder / "cluster" / "logs")
     outcome.audit = audit_violations(plan.folder / "audit")
     (plan.folder / "outcome.txt").write_text(f"{outcome}\n", encoding="utf-8")
     return outcome
 
 
-async def _play(
-    plan: Plan, seed: int, seconds: float, etcd: EtcdCluster, outcome: Outcome, say: Callable[[str], object]
-) -> None:
+async def _play(outcome: Outcome, say: Callable[[str], object]) -> None:
+    plan, seed = outcome.plan, outcome.seed
     rng = random.Random(seed)
-    async with Fleet(plan, etcd) as fleet:
-        workload = Workload([router.address for router in fleet.cluster.routers], seed, clients=8, pause_s=0.05)
+    drawn = outcome.only or [*FAULTS, *OFTEN]
+    async with Store(plan) as store, Fleet(plan, store) as fleet:
+        workload = Workload([fleet.address("r1"), fleet.address("r2")], seed, clients=8, pause_s=0.05)
         nemesis = Nemesis(fleet, rng, say)
         compacting = asyncio.create_task(nemesis.compacting())
-        until_s = time.monotonic() + seconds
+        until_s = time.monotonic() + outcome.seconds
         try:
             while time.monotonic() < until_s:
                 outcome.rounds += 1
                 workload.set_keys(f"r{outcome.rounds}", LISTS, COUNTS)
-                names = rng.choices([*FAULTS, *OFTEN], k=rng.randint(1, FAULTS_AT_ONCE_MAX))
+                names = rng.choices(drawn, k=rng.randint(1, FAULTS_AT_ONCE_MAX))
                 await _round(fleet, nemesis, outcome, names)
         finally:
             compacting.cancel()
@@ -168,8 +171,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--app", choices=("Fenced", "Unfenced"), default="Fenced", help="whose writes (Fenced)")
     parser.add_argument("--ttl", type=int, default=5, help="the lease, in seconds (5)")
     parser.add_argument("--workers", type=int, default=4, help="how many workers (4)")
+    parser.add_argument("--only", default="", help=f"these faults alone, by commas: {', '.join(FAULTS)}")
     parser.add_argument("--folder", type=Path, help="where everything is written; default: a temporary folder")
     chosen = parser.parse_args(arguments)
+    only = [name for name in chosen.only.split(",") if name]
+    if unknown := [name for name in only if name not in FAULTS]:
+        parser.error(f"no such fault: {', '.join(unknown)}")
     bad = 0
     for seed in range(chosen.seed, chosen.seed + chosen.runs):
         root = chosen.folder or Path(tempfile.mkdtemp(prefix="shardlead-faults-"))
@@ -182,7 +189,7 @@ def main(arguments: Sequence[str]) -> int:
             workers=chosen.workers,
         )
         plan.folder.mkdir(parents=True)
-        outcome = run(plan, seed, chosen.seconds)
+        outcome = run(plan, seed, chosen.seconds, only=only)
         print(f"\n{outcome}\n", flush=True)
         if outcome.wrong:
             bad += 1

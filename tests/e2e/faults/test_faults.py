@@ -7,7 +7,7 @@ import aiohttp
 import orjson
 import pytest
 
-from tests.e2e.faults.fleet import Fleet, Plan, etcd_of
+from tests.e2e.faults.fleet import Fleet, Plan, Store
 from tests.e2e.faults.judge import History, judge_history
 from tests.e2e.faults.run import run
 from tests.e2e.faults.workload import Record, Workload
@@ -53,13 +53,17 @@ def stop_in_write(folder: Path, app: str) -> tuple[str, History]:
     """One worker, stopped in a write until others have written; how that write ended, and what its key's history is."""
     folder.mkdir()
     plan = Plan(folder=folder, app=f"tests.e2e.faults.apps:{app}", workers=2, routers=1, shards=4, ttl_s=PROOF_TTL_S)
-    with etcd_of(plan) as etcd:
-        return asyncio.run(_stop_in_write(plan, Fleet(plan, etcd)))
+    return asyncio.run(_stop_in_write(plan))
 
 
-async def _stop_in_write(plan: Plan, cluster: Fleet) -> tuple[str, History]:
-    async with cluster as fleet, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SERVED_S)) as session:
-        workload = Workload([fleet.cluster.routers[0].address], SEED, clients=0, pause_s=1.0)
+async def _stop_in_write(plan: Plan) -> tuple[str, History]:
+    patience = aiohttp.ClientTimeout(total=SERVED_S)
+    async with (
+        Store(plan) as store,
+        Fleet(plan, store) as fleet,
+        aiohttp.ClientSession(timeout=patience) as session,
+    ):
+        workload = Workload([fleet.address("r1")], SEED, clients=0, pause_s=1.0)
 
         async def append() -> Record:
             return await workload.send(session, "client", NAME, "append")

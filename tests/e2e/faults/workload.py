@@ -23,6 +23,8 @@ NOT_DONE: Final = frozenset({400, 404, 421, 503})
 READS: Final = 0.35
 THINKS: Final = 0.15
 HAS_KEY: Final = 0.3
+IMPATIENT: Final = 0.04
+"""Share of the operations whose client leaves before an answer may come."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,7 @@ class Workload:
                 raise result
 
     async def _run(self, client: str, rng: random.Random, pause_s: float) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+        async with aiohttp.ClientSession() as session:
             while not self._is_over.is_set():
                 await asyncio.sleep(rng.expovariate(1.0 / pause_s))
                 if self.keys:
@@ -110,6 +112,7 @@ class Workload:
             router=rng.randrange(len(self._addresses)),
             has_key=not is_read and rng.random() < HAS_KEY,
             think_s=rng.uniform(0.0, 0.3) if not is_read and rng.random() < THINKS else 0.0,
+            patience_s=rng.uniform(0.01, 0.5) if rng.random() < IMPATIENT else TIMEOUT_S,
         )
 
     async def send(
@@ -122,6 +125,7 @@ class Workload:
         router: int = 0,
         has_key: bool = False,
         think_s: float = 0.0,
+        patience_s: float = TIMEOUT_S,
     ) -> Record:
         """One operation; never raises for what the world does."""
         number = len(self.records)
@@ -132,7 +136,11 @@ class Workload:
         url = f"http://{self._addresses[router]}/{name}" + (f"?think={think_s:.3f}" if think_s else "")
         try:
             async with session.request(
-                "GET" if what == "read" else "POST", url, data=record.word or None, headers=headers
+                "GET" if what == "read" else "POST",
+                url,
+                data=record.word or None,
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=patience_s),
             ) as answer:
                 body = await answer.read()
                 record.status = answer.status
