@@ -104,6 +104,7 @@ class EtcdStore:
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
+        await self._credentials.close()
         await self._transport.close()
 
     def rotate(self, reason: str) -> None:
@@ -355,7 +356,10 @@ class EtcdStore:
         TransportError, Faulted, ValueError."""
         endpoint = self._endpoints[index]
         deadline = loop_time() + min(self._settings.try_timeout_s, left_s)
-        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
+        # etcd renews without looking at the token: one that is lost must not cost the lease
+        headers = self._credentials.shown(gateway.HEADERS) if channel is Channel.RENEWAL else None
+        if headers is None:
+            headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
         try:
             return await self._posted(channel, endpoint, path, body, headers, deadline)
         except Faulted as exc:
