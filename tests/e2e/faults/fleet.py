@@ -340,6 +340,7 @@ class Members:
     def __init__(self, etcd: EtcdCluster, *, has_auth: bool) -> None:
         self.etcd = etcd
         self._has_auth = has_auth
+        self._token = ""
 
     def __iter__(self) -> Iterator[EtcdMember]:
         return iter(self.etcd.members)
@@ -351,11 +352,11 @@ class Members:
         """One request. Raises OSError, and ValueError for an error that etcd tells."""
 
         def call() -> dict[str, Any]:
-            token = ""
-            if self._has_auth:
-                answer = member.call("/v3/auth/authenticate", {"name": "root", "password": "secret"})
-                token = answer.get("token", "")
-            answer = member.call(path, body, token)
+            answer = member.call(path, body, self._token)
+            if self._has_auth and "auth token" in str(answer.get("error", "")):
+                who = {"name": "root", "password": "secret"}
+                self._token = member.call("/v3/auth/authenticate", who).get("token", "")
+                answer = member.call(path, body, self._token)
             if "error" in answer:
                 raise ValueError(answer["error"])
             return answer

@@ -40,7 +40,7 @@ class Nemesis:
     async def round(self, names: list[str]) -> float:
         """These faults, one beginning some time after the other; when the last was undone."""
         self._healed_s = time.monotonic()
-        begun = []
+        begun: list[asyncio.Task[None]] = []
         for name in names:
             if begun:
                 await asyncio.sleep(self.rng.uniform(0.0, 2.5))
