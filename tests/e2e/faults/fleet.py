@@ -140,6 +140,7 @@ class Fleet:
                 "worker.drain_timeout_s": 3,
                 "worker.shutdown_timeout_s": 10,
                 "worker.linger_s": 1,
+                "worker.audit_dir": plan.folder / "audit",
                 "controller.brake_window_s": 5,
                 "log.level": "debug",
                 **plan.settings,
@@ -160,7 +161,8 @@ class Fleet:
         await self._exit.aclose()
 
     async def _begin(self) -> None:
-        (self.plan.folder / "cluster").mkdir(parents=True, exist_ok=True)
+        for name in ("cluster", "audit"):
+            (self.plan.folder / name).mkdir(parents=True, exist_ok=True)
         self._exit.push_async_callback(self._close_links)
         await self._exit.enter_async_context(self.cluster)
         self._exit.push_async_callback(self._end_starting)

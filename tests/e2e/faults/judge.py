@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from shardlead import audit
+from shardlead.errors import AuditError
 from tests.e2e.faults.workload import Record
 from tests.support import linearizable
 
@@ -49,9 +51,22 @@ def judge_history(records: Sequence[Record], final: Mapping[str, Any]) -> Histor
     return found
 
 
-def audit_violations(folder: Path) -> list[str]:
-    """Two leaders at once, or epochs that interleave, by the workers' audit logs."""
-    return []
+@dataclass(frozen=True)
+class Audit:
+    """What `shardlead verify` says."""
+
+    summary: str
+    violations: list[str]
+
+
+def judge_audit(folder: Path) -> Audit:
+    """Two leaders at once, or epochs that interleave, by the workers' audit logs; a log that cannot be read is wrong,
+    too."""
+    try:
+        report = audit.verify(folder)
+    except AuditError as exc:
+        return Audit("no verdict", [f"verify: {exc}"])
+    return Audit(str(report).splitlines()[0], [str(violation) for violation in report.violations])
 
 
 def troubles(logs: Path) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.e2e.faults.fleet import CASES, Fleet, Plan, Store
-from tests.e2e.faults.judge import audit_violations, judge_history, troubles
+from tests.e2e.faults.judge import judge_audit, judge_history, troubles
 from tests.e2e.faults.nemesis import FAULTS, OFTEN, Nemesis
 from tests.e2e.faults.workload import Workload
 from tests.support.etcd import KINDS
@@ -51,6 +51,8 @@ class Outcome:
     late: list[str] = field(default_factory=list)
     histories: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    verdict: str = ""
+    """The first line of what `shardlead verify` says, and its violations."""
     audit: list[str] = field(default_factory=list)
     surprises: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
@@ -82,7 +84,8 @@ class Outcome:
             f"operations: {asked}, on {self.keys} keys",
             "faults: " + ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items())),
             f"led and served again after {self.rounds} rounds, {after}, {len(self.late)} late",
-            f"{history}; violations by verify: {len(self.audit)}; {rest}",
+            f"{history}; {rest}",
+            f"verify: {self.verdict}",
             f"the store: {'; '.join(self.store) or 'all members hold the same (etcdctl endpoint hashkv)'}",
             *self.wrong,
         ]
@@ -98,7 +101,8 @@ def run(
     outcome = Outcome(plan, seed, seconds, only)
     asyncio.run(_play(outcome, say))
     outcome.troubles = troubles(plan.folder / "cluster" / "logs")
-    outcome.audit = audit_violations(plan.folder / "audit")
+    judged = judge_audit(plan.folder / "audit")
+    outcome.verdict, outcome.audit = judged.summary, judged.violations
     (plan.folder / "outcome.txt").write_text(f"{outcome}\n", encoding="utf-8")
     return outcome
 
