@@ -443,6 +443,27 @@ def test_a_token_that_comes_late_is_asked_for_once() -> None:
     asyncio.run(main())
 
 
+def test_the_wait_for_a_token_takes_nothing_from_the_request() -> None:
+    """A token that comes at the very end of a try is used in a whole one, not in what is left of it."""
+
+    async def main() -> None:
+        async def authenticate(_request: Request, reply: Reply) -> None:
+            await asyncio.sleep(0.35)  # of a try's 0.4 s
+            await reply.json({"header": header(1), "token": "t"})
+
+        async def read(_request: Request, reply: Reply) -> None:
+            await asyncio.sleep(0.2)
+            await reply.json({"header": header(4)})
+
+        async with FakeGateway() as only, _store(only.url, username="u", password="p", try_timeout_s=0.4) as store:
+            only.on(gateway.AUTHENTICATE, authenticate)
+            only.on(gateway.RANGE, read)
+            await store.read(READ)
+            assert len(only.asked(gateway.RANGE)) == 1
+
+    asyncio.run(main())
+
+
 def test_a_renewal_does_not_wait_for_a_token() -> None:
     """etcd renews without looking at the token, so one that is lost must not cost the lease: the last one is shown, and
     only if that is refused is there a new one to wait for."""
