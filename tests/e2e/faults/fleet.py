@@ -50,6 +50,10 @@ class Plan:
     ttl_s: int = 5
     settings: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def is_fenced(self) -> bool:
+        return self.app.endswith(":Fenced")
+
 
 class Store:
     """The etcd of a plan, with a network between its members, for as long as the block lasts."""

@@ -30,6 +30,7 @@ CALM_S: Final = 1.0
 FAULTS_AT_ONCE_MAX: Final = 4
 BOUND_EXTRA_S: Final = 1.0
 BOUND_EXTRA_ELECTION_S: Final = 5.0
+MARGIN_S: Final = 0.5
 LISTS, COUNTS = 6, 4
 
 
@@ -150,6 +151,8 @@ async def _round(fleet: Fleet, nemesis: Nemesis, outcome: Outcome, names: list[s
     took_s = time.monotonic() - healed_s
     has_elected = await fleet.members.term() > term
     bound_s = fleet.plan.ttl_s + (BOUND_EXTRA_ELECTION_S if has_elected else BOUND_EXTRA_S)
+    if not fleet.plan.is_fenced:
+        bound_s += fleet.plan.ttl_s + MARGIN_S  # so much longer an unclean successor waits before it serves
     nemesis.say(f"whole {took_s:.2f} s after the last fault{', etcd has elected' if has_elected else ''}")
     if took_s > bound_s and not (outcome.late and outcome.late[-1].startswith(f"round {outcome.rounds} ")):
         outcome.late.append(
