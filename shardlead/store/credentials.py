@@ -30,8 +30,8 @@ class Credentials:
     def __init__(self, settings: StoreSettings, transport: Transport) -> None:
         self._username = settings.username
         self._password = settings.password
-        self._young_s = settings.try_timeout_s
         self._patience_s = settings.call_timeout_s
+        self._young_s = self._patience_s / 2  # then another endpoint is asked as well: this one may be dead
         self._transport = transport
         self._asking: dict[str, _Question] = {}  # at most one for each endpoint
         self._is_auth_off = False  # we have a user, but the store has no authentication
@@ -84,10 +84,10 @@ class Credentials:
         raise TransportError("no token" if failure is None else str(failure), is_sent=False)
 
     def _question(self, endpoint: str) -> "_Question":
-        """The one that this endpoint is asked already, else one that another was asked just now, else a new one."""
+        """The newest, unless it is old and this endpoint has not been asked; else a new one."""
         now_s = asyncio.get_running_loop().time()
-        young = (each for each in self._asking.values() if now_s - each.begun_s < self._young_s)
-        question = self._asking.get(endpoint) or next(young, None)
+        young = [each for each in self._asking.values() if now_s - each.begun_s < self._young_s]
+        question = young[-1] if young else self._asking.get(endpoint)
         if question is None:
             task = asyncio.create_task(self._authenticate(endpoint), name=f"authenticate at {endpoint}")
             question = self._asking[endpoint] = _Question(task, now_s)

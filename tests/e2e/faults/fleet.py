@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -347,6 +348,7 @@ class Members:
         self.etcd = etcd
         self._has_auth = has_auth
         self._token = ""
+        self._authenticating = threading.Lock()
 
     def __iter__(self) -> Iterator[EtcdMember]:
         return iter(self.etcd.members)
@@ -358,10 +360,10 @@ class Members:
         """One request. Raises OSError, and ValueError for an error that etcd tells."""
 
         def call() -> dict[str, Any]:
-            answer = member.call(path, body, self._token)
+            used = self._token
+            answer = member.call(path, body, used)
             if self._has_auth and "auth token" in str(answer.get("error", "")):
-                who = {"name": "root", "password": "secret"}
-                self._token = member.call("/v3/auth/authenticate", who).get("token", "")
+                self._authenticate(member, used)
                 answer = member.call(path, body, self._token)
             if "error" in answer:
                 raise ValueError(answer["error"])
@@ -371,6 +373,13 @@ class Members:
             return await asyncio.to_thread(call)
         except http.client.HTTPException as exc:
             raise OSError(str(exc)) from exc
+
+    def _authenticate(self, member: EtcdMember, used: str) -> None:
+        """A new token, unless another thread has got one meanwhile: a password costs etcd a tenth of a second."""
+        with self._authenticating:
+            if self._token == used:
+                who = {"name": "root", "password": "secret"}
+                self._token = member.call("/v3/auth/authenticate", who).get("token", "")
 
     async def status(self) -> list[dict[str, Any]]:
         """Of each member: its status, or {} if it does not answer."""
