@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from shardlead.processes import LOOPBACK
-from tests.e2e.faults.proxy import Link
+from tests.e2e.faults.proxy import Link, PeerNetwork
 from tests.support.load import settled
 
 SOON_S = 5.0
@@ -146,3 +146,28 @@ def test_a_late_link_delays_each_way() -> None:
         assert asyncio.get_running_loop().time() - began_s >= 0.2
 
     play(story)
+
+
+def test_a_member_can_be_made_deaf_or_mute() -> None:
+    """Between members the cut knows whose bytes they are: those of one member's connections, and no others'."""
+
+    async def main() -> None:
+        async with asyncio.timeout(3 * SOON_S), echo() as (link, _), echo() as (other, _):
+            network = PeerNetwork([link.target[1], other.target[1]], [0, 0])
+            await network.open()
+            ends = [await asyncio.open_connection(LOOPBACK, network.links[0].port) for _ in range(2)]
+            heads = [b"GET /raft/stream HTTP/1.1\r\nX-Server-From: %s\r\n\r\n" % source for source in (b"a", b"b")]
+            for (reader, writer), head in zip(ends, heads, strict=True):
+                writer.write(head)
+                assert await told(reader) == head.upper()
+            network.cut(1, ["a", "b"], hears=True, speaks=False)  # the second one, b, is mute
+            for (reader, writer), head in zip(ends, heads, strict=True):
+                writer.write(b"x")
+                assert await is_silent(reader) is (head == heads[1])
+            network.heal()
+            assert await told(ends[1][0]) == b"X"
+            for _, writer in ends:
+                writer.close()
+            await network.close()
+
+    asyncio.run(main())
