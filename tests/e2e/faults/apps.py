@@ -143,7 +143,7 @@ class FencedKept(Kept):
         self.values = {name: orjson.loads(value) for name, value in rows}
 
     async def store(self, name: str, value: Any, key: str) -> str | None:
-        has_held = await asyncio.to_thread(self.hold)
+        has_held = await self.lead.run_blocking(self.hold)
         how = "written"
         try:
             return await self._fence.write(self.lead, lambda tx: self._write(tx, name, value, key))
@@ -191,7 +191,7 @@ class Unfenced(Kept):
         return {name: orjson.loads(value) for name, value in rows}
 
     async def store(self, name: str, value: Any, key: str) -> str | None:
-        return await asyncio.to_thread(self._write, name, value, key)
+        return await self.lead.run_blocking(self._write, name, value, key)
 
     def _write(self, name: str, value: Any, key: str) -> str | None:
         self.lead.check()

@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final
 
 from shardlead.processes import WorkerProcess
@@ -164,22 +164,44 @@ async def frozen_in_write(nemesis: Nemesis) -> None:
     process = nemesis.worker()
     if process is None:
         return
-    folder = nemesis.fleet.plan.folder
-    hold, writing = folder / f"hold-write-{process.name}", folder / f"writing-{process.name}"
     with nemesis.seize(process.name):
-        writing.unlink(missing_ok=True)
-        hold.touch()
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HELD_WAIT_S):
-                    while not writing.exists():  # noqa: ASYNC110 - another process makes it and sets no event
-                        await asyncio.sleep(0.01)
-            nemesis.begin(f"{'frozen_in_write' if writing.exists() else 'worker_frozen_long'} {process.name}")
+        async with _held_in_write(nemesis, process.name) as is_writing:
+            nemesis.begin(f"{'frozen_in_write' if is_writing else 'worker_frozen_long'} {process.name}")
             process.stop()
             await nemesis.lasts(nemesis.ttl_s + 1, nemesis.ttl_s + 4)
-        finally:
-            hold.unlink()
-            process.cont()
+        process.cont()
+
+
+async def write_held(nemesis: Nemesis) -> None:
+    """A worker that goes on, with writes that do not end: under drains and losses they outlive their leadership."""
+    process = nemesis.worker()
+    if process is None:
+        return
+    with nemesis.seize(process.name):
+        async with _held_in_write(nemesis, process.name):
+            nemesis.begin(f"write_held {process.name}")
+            with contextlib.suppress(TimeoutError):
+                await nemesis.fleet.cluster.command("drain", process.name, "--wait", "0")
+            await nemesis.lasts(0.5, nemesis.ttl_s + 4)
+        with contextlib.suppress(TimeoutError):
+            await nemesis.fleet.cluster.command("drain", process.name, "--undo")
+
+
+@contextlib.asynccontextmanager
+async def _held_in_write(nemesis: Nemesis, name: str) -> AsyncIterator[bool]:
+    """Hold that worker's writes between what they read and what they write; whether one has come so far."""
+    folder = nemesis.fleet.plan.folder
+    hold, writing = folder / f"hold-write-{name}", folder / f"writing-{name}"
+    writing.unlink(missing_ok=True)
+    hold.touch()
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HELD_WAIT_S):
+                while not writing.exists():  # noqa: ASYNC110 - another process makes it and sets no event
+                    await asyncio.sleep(0.01)
+        yield writing.exists()
+    finally:
+        hold.unlink()
 
 
 async def router_frozen(nemesis: Nemesis) -> None:
@@ -386,7 +408,7 @@ async def moves(nemesis: Nemesis) -> None:
 FAULTS: Final[dict[str, Fault]] = {
     each.__name__: each
     for each in (
-        *(worker_killed, host_lost, parent_killed, worker_restarted, worker_frozen, frozen_in_write),
+        *(worker_killed, host_lost, parent_killed, worker_restarted, worker_frozen, frozen_in_write, write_held),
         *(router_frozen, router_killed),
         *(member_killed, quorum_killed, member_frozen, quorum_frozen, member_cut_off, leader_moved),
         *(store_cut, worker_cut, store_refused, store_late, worker_late, resets, moves),
