@@ -416,11 +416,13 @@ async def _holder(store: Store, key: bytes) -> KeyValue | None:
 
 
 async def _wait_gone(store: Store, holder: KeyValue, timeout_s: float) -> None:
-    """Until that record is deleted, at most so long; a watch that breaks ends the wait, the caller looks again."""
+    """Until that record is deleted, at most so long; a watch that breaks ends the wait, the caller looks again.
+
+    It begins at the record's own revision, so that a compaction in between breaks it (see `store.mirror`)."""
     try:
         async with (
             asyncio.timeout(timeout_s),
-            store.watch(holder.key, b"", holder.mod_revision + 1) as batches,
+            store.watch(holder.key, b"", holder.mod_revision) as batches,
         ):
             async for batch in batches:
                 if any(event.is_delete for event in batch.events):

@@ -249,6 +249,7 @@ class EtcdStore:
         try:
             raw = await self._attempt(Channel.RENEWAL, index, gateway.RENEW, body, self._settings.try_timeout_s)
             self._seen(raw)
+            gateway.check_lease(raw, lease)
             ttl_s = gateway.renewed_ttl_s(raw)
         except TransportError as exc:
             reason = exc.reason

@@ -530,7 +530,7 @@ def test_a_write_whose_token_could_not_be_got_was_not_sent() -> None:
         ("3.4.23", False, 8),
         ("3.4.25", True, 7),
         ("3.4.45", True, 1),
-        ("3.5.1", False, 7),
+        ("3.5.1", False, 8),
         ("3.5.8", True, 6),
         ("3.5.28", True, 0),
         ("3.6.0-rc.1", True, 2),

@@ -24,13 +24,14 @@ from shardlead.store.base import UNGUARDED, Committed, Delete, KeyValue, Op, Put
 from shardlead.store.etcd import EtcdStore
 from shardlead.store.gateway import TXN, b64
 from shardlead.store.mirror import Mirror
-from shardlead.store.transport import Answer, Channel, HttpTransport, Stream, TransportError
+from shardlead.store.transport import Answer, Channel, Stream, TransportError
 from shardlead.worker.application import Application
 from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import Worker
 from shardlead.worker.steward import Steward
 from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
+from tests.support.between import Between
 
 BOUND_S = 25.0
 LOOK_S = 0.02
@@ -72,7 +73,7 @@ class Script:
     healthy: Callable[[Leadership], bool] | None = None
 
 
-class Fickle(HttpTransport):
+class Fickle(Between):
     """A transport that loses what a test tells it to lose: the request on its way, or the answer on its way back,
     or holds a request back so that it arrives when nobody waits for it any more."""
 
