@@ -36,13 +36,14 @@ _MACHINE: contextvars.ContextVar["Machine"] = contextvars.ContextVar("machine")
 
 
 class Stuck(RuntimeError):
-    """Nothing is ready and nothing is scheduled, so that nothing will ever happen again."""
+    """Nothing is ready and nothing is scheduled, so that nothing will ever happen again; or far too much happens."""
 
 
-class _Step(asyncio.TimerHandle):
-    """A callback of one machine. `_when` is that machine's time, in seconds."""
+class _Step:
+    """A callback of one machine: what asyncio calls a handle, with all that its users ask of one and no more, since
+    a run makes twenty thousand. `when_ns` is that machine's time; 0: as soon as may be."""
 
-    __slots__ = ("machine", "when_ns")
+    __slots__ = ("_args", "_callback", "_context", "_is_cancelled", "machine", "when_ns")
 
     def __init__(
         self,
@@ -50,15 +51,40 @@ class _Step(asyncio.TimerHandle):
         when_ns: int,
         callback: Callable[..., object],
         args: tuple[Any, ...],
-        loop: "VirtualLoop",
-        context: contextvars.Context | None,
+        context: contextvars.Context,
     ) -> None:
-        super().__init__(when_ns / NS_PER_S, callback, args, loop, context)
         self.machine = machine
         self.when_ns = when_ns
+        self._callback: Callable[..., object] | None = callback
+        self._args = args
+        self._context = context
+        self._is_cancelled = False
+
+    def __repr__(self) -> str:
+        state = " cancelled" if self._is_cancelled else ""
+        return f"<Step{state} of {self.machine.name} at {self.when()}: {self._callback!r}>"
+
+    def when(self) -> float:
+        """As asyncio's timers tell it."""
+        return self.when_ns / NS_PER_S
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
 
     def cancel(self) -> None:
-        asyncio.Handle.cancel(self)
+        self._is_cancelled = True
+        self._callback, self._args = None, ()  # what they hold may go
+
+    def run(self, loop: "VirtualLoop") -> None:
+        """As a handle of asyncio runs: what it raises is the loop's, unless it must end everything."""
+        callback = self._callback
+        assert callback is not None
+        try:
+            self._context.run(callback, *self._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:  # as asyncio does
+            loop.call_exception_handler({"message": f"Exception in callback {callback!r}", "exception": exc})
 
 
 class _Task(asyncio.Task[T]):
@@ -103,6 +129,9 @@ class Machine:
         self._base_true_ns = loop.true_ns()
         self._pauses = 0
         self._frozen = 0
+        self.runs = True  # neither paused nor frozen nor crashed
+        self.on_step: Callable[[], object] | None = None  # called after each of its callbacks
+        self.has_turn = False  # kept by the loop: it stands among those whose turn may come
         self.ready: deque[_Step] = deque()
         self._spawned: dict[asyncio.Task[Any], None] = {}
         self._overdue: list[_Step] = []  # fell due while it was paused or frozen
@@ -132,10 +161,6 @@ class Machine:
     # --- what runs on it
 
     @property
-    def runs(self) -> bool:
-        return not (self._pauses or self._frozen or self.is_crashed)
-
-    @property
     def is_paused(self) -> bool:
         """Whether it runs nothing at present, though it will again."""
         return bool(self._pauses or self._frozen) and not self.is_crashed
@@ -149,7 +174,11 @@ class Machine:
 
     def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts) -> asyncio.Handle:
         """Run it here after what is ready."""
-        return self._loop.call_soon(callback, *args, context=self.context.copy())
+        step = _Step(self, 0, callback, args, self.context.copy())
+        self.ready.append(step)
+        if self.runs and not self.has_turn:
+            self._loop.note_ready(self)
+        return cast("asyncio.Handle", step)
 
     def call_later(self, delay_s: float, callback: Callable[[*Ts], object], *args: *Ts) -> asyncio.TimerHandle:
         """Run it here after `delay_s` seconds of this machine's clock."""
@@ -161,12 +190,14 @@ class Machine:
     def pause(self) -> None:
         """Run nothing until `resume`. Pauses add up."""
         self._pauses += 1
+        self._judge()
 
     def resume(self) -> None:
         """Go on; what came or fell due meanwhile is run now. Whether what came goes before the timers is drawn, since
         event loops differ in it."""
         assert self._pauses, "resume without pause"
         self._pauses -= 1
+        self._judge()
         self._wake()
 
     def freeze(self) -> None:
@@ -174,12 +205,14 @@ class Machine:
         if not self._frozen:
             self._base_local_ns = self.now_ns()
         self._frozen += 1
+        self._judge()
 
     def thaw(self) -> None:
         assert self._frozen, "thaw without freeze"
         self._frozen -= 1
         if not self._frozen:
             self._base_true_ns = self._loop.true_ns()
+            self._judge()
             self._wake()
 
     def crash(self, *, with_machine: bool = False) -> None:
@@ -187,6 +220,7 @@ class Machine:
         if self.is_crashed:
             return
         self.is_crashed = True
+        self._judge()
         for tell in tuple(self.on_crash):
             tell(with_machine)
 
@@ -197,7 +231,11 @@ class Machine:
         if self._frozen:
             self._frozen = 1
             self.thaw()
+        self._judge()
         self._wake()
+
+    def _judge(self) -> None:
+        self.runs = not (self._pauses or self._frozen or self.is_crashed)
 
     def _wake(self) -> None:
         if not self.runs:
@@ -220,15 +258,15 @@ class Machine:
 
     def take(self, step: _Step) -> None:
         """Its time has come, by the reckoning of when it was pushed."""
-        if self.is_crashed:
-            return
-        if not self.runs:
-            self._overdue.append(step)
-        elif step.when_ns > self.now_ns():
-            self._loop.push(step)  # the clock stood still meanwhile
-        else:
+        if self.runs:
+            if step.when_ns > self.now_ns():
+                self._loop.push(step)  # the clock stood still meanwhile
+                return
             self.ready.append(step)
-            self._loop.note_ready(self)
+            if not self.has_turn:
+                self._loop.note_ready(self)
+        elif not self.is_crashed:
+            self._overdue.append(step)
 
 
 class MachineClock:
@@ -262,7 +300,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._turns: list[Machine] = []  # those with something ready, each once
         self._machines: list[Machine] = []
         self._is_running = self._is_closed = self._is_stopping = False
-        self.on_step: Callable[[Machine], object] | None = None  # called after each callback
+        self.steps_max = 0  # if set, more are too many: something goes round and round without time going on
         self.observer = self.machine("observer")
 
     def __repr__(self) -> str:
@@ -294,8 +332,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def abandon(self, timeout_s: float = 120.0) -> None:
         """End a run: cancel every task, those of paused, frozen and crashed machines too, let them come to their end,
         and close the loop. What the machines do meanwhile means nothing."""
-        self.on_step = None
+        self.steps_max = 0
         for machine in self._machines:
+            machine.on_step = None
             machine.revive()
 
         async def end() -> None:
@@ -316,28 +355,31 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        machine = self.current if context is None else context.get(_MACHINE, self.observer)
-        step = _Step(machine, 0, callback, args, self, context)
+        if context is None:
+            context = contextvars.copy_context()
+        machine = context.get(_MACHINE, self.observer)
+        step = _Step(machine, 0, callback, args, context)
         machine.ready.append(step)  # of a crashed machine, too, for `abandon`
-        self.note_ready(machine)
-        return step
+        if machine.runs and not machine.has_turn:
+            self.note_ready(machine)
+        return cast("asyncio.Handle", step)
 
-    def call_soon_threadsafe(  # type: ignore[override]
-        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        return self.call_soon(callback, *args, context=context)
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]  # there is one thread
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        machine = self.current if context is None else context.get(_MACHINE, self.observer)
+        if context is None:
+            context = contextvars.copy_context()
+        machine = context.get(_MACHINE, self.observer)
         return self.schedule(machine, machine.now_ns() + round(delay * NS_PER_S), callback, args, context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        machine = self.current if context is None else context.get(_MACHINE, self.observer)
-        return self.schedule(machine, round(when * NS_PER_S), callback, args, context)
+        if context is None:
+            context = contextvars.copy_context()
+        return self.schedule(context.get(_MACHINE, self.observer), round(when * NS_PER_S), callback, args, context)
 
     def schedule(
         self,
@@ -345,23 +387,24 @@ class VirtualLoop(asyncio.BaseEventLoop):
         when_ns: int,
         callback: Callable[..., object],
         args: tuple[Any, ...],
-        context: contextvars.Context | None,
+        context: contextvars.Context,
     ) -> asyncio.TimerHandle:
         """A timer at `when_ns` of that machine's clock."""
-        step = _Step(machine, when_ns, callback, args, self, context)
+        step = _Step(machine, when_ns, callback, args, context)
         if not machine.is_crashed:
             self.push(step)
-        return step
+        return cast("asyncio.TimerHandle", step)
 
     def push(self, step: _Step) -> None:
         """For machines: have `step.machine.take` called when its time comes, by the clock as it goes now."""
         self._numbers += 1
-        due_ns = max(self._now_ns, step.machine.true_ns_of(step.when_ns))
-        heapq.heappush(self._timers, (due_ns, self._numbers, step))
+        due_ns = step.machine.true_ns_of(step.when_ns)
+        heapq.heappush(self._timers, (max(self._now_ns, due_ns), self._numbers, step))
 
     def note_ready(self, machine: Machine) -> None:
         """For machines: it has something ready now."""
-        if machine.ready and machine.runs and machine not in self._turns:
+        if machine.ready and machine.runs and not machine.has_turn:
+            machine.has_turn = True
             self._turns.append(machine)
 
     # --- running
@@ -375,30 +418,35 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._thread = threading.get_ident()
         asyncio._set_running_loop(self)  # noqa: SLF001  # how a loop of one's own says that it runs
         try:
-            while not self._is_stopping:
-                self._turn()
+            self._run()
         finally:
             self._is_running = self._is_stopping = False
             asyncio._set_running_loop(None)  # noqa: SLF001
 
-    def _turn(self) -> None:
-        """One callback of one machine; time goes on if there is none."""
-        turns = self._turns
-        while not turns:
-            self._advance()
-        index = self.rng.randrange(len(turns)) if len(turns) > 1 else 0
-        machine = turns[index]
-        ready = machine.ready
-        if not ready or not machine.runs:
-            turns[index] = turns[-1]
-            turns.pop()
-            return
-        step = ready.popleft()
-        if not step.cancelled():
+    def _run(self) -> None:
+        """One callback of one machine after the other; time goes on if there is none."""
+        turns, random_ = self._turns, self.rng.random
+        while not self._is_stopping:
+            while not turns:
+                self._advance()
+            count = len(turns)
+            index = int(random_() * count) if count > 1 else 0
+            machine = turns[index]
+            ready = machine.ready
+            if not ready or not machine.runs:
+                turns[index] = turns[-1]
+                turns.pop()
+                machine.has_turn = False
+                continue
+            step = ready.popleft()
+            if step.cancelled():
+                continue
             self.steps += 1
-            step._run()  # noqa: SLF001  # as asyncio's own loop does
-            if self.on_step is not None:
-                self.on_step(machine)
+            if self.steps == self.steps_max:
+                raise Stuck(f"{self!r}: {self.steps} steps were not enough")
+            step.run(self)
+            if machine.on_step is not None:
+                machine.on_step()
 
     def _advance(self) -> None:
         timers = self._timers
@@ -406,7 +454,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             due_ns, _, step = heapq.heappop(timers)
             if step.cancelled():
                 continue
-            self._now_ns = max(self._now_ns, due_ns)
+            if due_ns > self._now_ns:
+                self._now_ns = due_ns
             step.machine.take(step)
             if not timers or timers[0][0] > self._now_ns:
                 return

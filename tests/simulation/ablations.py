@@ -153,7 +153,7 @@ def _unguarded_delete(world: World, _name: str, txn: Txn) -> Txn:
 
 def _by_value(world: World, name: str, txn: Txn) -> Txn:
     process = next((each for each in world.processes.values() if each.machine.name == name), None)
-    session = process.worker.session if process is not None and hasattr(process, "worker") else None
+    session = process.session if process is not None else None
     if session is None:
         return txn
     own = encode(LeaderRecord(worker=session.name, sid=session.sid))

@@ -68,7 +68,7 @@ def guards_never_overlap(witness: "Witness", shard: int) -> None:
 
 def deadline_within_lease(witness: "Witness", process: "WorkerProcess") -> None:
     """I4: a session's deadline, in true time, is not after its lease's expiry at the server."""
-    session = process.worker.session
+    session = process.session
     if session is None or not process.guard_ns:
         return
     expiry_ns = witness.world.etcd.lease_expiry_ns(session.lease)

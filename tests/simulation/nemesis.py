@@ -440,7 +440,7 @@ async def cut_over_compaction(nemesis: Nemesis) -> None:
 async def revoke_lease(nemesis: Nemesis) -> None:
     """Somebody's hand revokes a living worker's lease."""
     world, process = nemesis.world, nemesis.worker()
-    session = process.worker.session if process is not None else None
+    session = process.session if process is not None else None
     if session is None:
         return
     nemesis.say(f"revokes the lease of {session.name} by hand")

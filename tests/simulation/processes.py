@@ -129,6 +129,7 @@ class WorkerProcess:
         self.machine = machine
         self.settings = replace(world.settings, worker=replace(world.settings.worker, name=name))
         self.guard_ns = 0  # as last seen
+        machine.on_step = self._look
         self.rng = random.Random(world.rng.getrandbits(64))
         self.exit_code: int | None = None  # None while it lives; -9 if killed
         self.task: asyncio.Task[None] | None = None
@@ -146,7 +147,7 @@ class WorkerProcess:
             return Lists(lead, surroundings)
 
         make.fenced = world.is_fenced  # type: ignore[attr-defined]  # where an application's class says it
-        self.worker: Worker
+        self.worker: Worker | None = None  # once its store is open
         self.make = make
         self.parent = parent
 
@@ -160,6 +161,10 @@ class WorkerProcess:
     def is_alive(self) -> bool:
         return self.exit_code is None
 
+    @property
+    def session(self) -> Session | None:
+        return self.worker.session if self.worker is not None else None
+
     def lived_ns(self) -> int:
         """Its machine's clock, without the time in which it did not run."""
         return self.machine.now_ns() - self._stalled_ns
@@ -168,7 +173,7 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """SIGTERM."""
-        if self.is_alive and hasattr(self, "worker"):
+        if self.is_alive and self.worker is not None:
             self.machine.call_soon(self.worker.stop)
 
     def crash(self, *, with_machine: bool = False) -> None:
@@ -239,14 +244,14 @@ class WorkerProcess:
             metrics=CONTROLLER_METRICS,
         ).run()
 
-    def look(self) -> bool:
-        """Whether the guard's time is another than when last asked."""
-        session = self.worker.session if hasattr(self, "worker") else None
+    def _look(self) -> None:
+        """Tell the witness if the guard's time is another than when last asked."""
+        worker = self.worker
+        session = worker.session if worker is not None else None
         guard_ns = session._guard_ns if session is not None else 0  # the witness sees everything
-        if guard_ns == self.guard_ns:
-            return False
-        self.guard_ns = guard_ns
-        return True
+        if guard_ns != self.guard_ns:
+            self.guard_ns = guard_ns
+            self.world.witness.guard_changed(self)
 
 
 class RouterProcess:

@@ -18,7 +18,7 @@ CLAIMS_PER_S_MAX = 24
 
 def test_a_shard_that_kills_its_workers_is_braked_and_the_others_are_served() -> None:
     world = World(1, Setup(clients=0))
-    world.steps_max = 3_000_000
+    world.loop.steps_max = 3_000_000
 
     async def story() -> None:
         await world.begin()

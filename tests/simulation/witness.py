@@ -68,7 +68,7 @@ class Witness:
     # --- leaderships
 
     def made(self, process: "WorkerProcess", lead: Leadership) -> None:
-        session = process.worker.session
+        session = process.session
         sid = session.sid if session is not None else ""
         tenant = Tenant(lead, sid, process, self.world.loop.true_ns())
         self._by_lead[id(lead)] = tenant
@@ -88,8 +88,9 @@ class Witness:
     def guard_changed(self, process: "WorkerProcess") -> None:
         """Its session's deadline is another than it was."""
         invariants.deadline_within_lease(self, process)
-        for shard in process.worker.led:
-            self.check_overlap(shard)
+        for shard, tenants in self.tenants.items():
+            if any(tenant.process is process for tenant in tenants):
+                self.check_overlap(shard)
 
     def opened(self, lead: Leadership) -> None:
         tenant = self._by_lead[id(lead)]

@@ -109,7 +109,7 @@ class World:
         self.is_tracing = is_tracing
         self.rng = random.Random(seed)
         self.loop = VirtualLoop(self.rng.getrandbits(64))
-        self.loop.on_step = self._stepped
+        self.loop.steps_max = STEPS_MAX
         self.trace: list[str] = []
         self.shards = setup.shards
         self.tolerated = setup.tolerated
@@ -147,7 +147,6 @@ class World:
         self._indexed = 0
         self.founders = tuple(f"w{number + 1}" for number in range(setup.workers))
         self.is_over = False
-        self.steps_max = STEPS_MAX
         self.tamper: Callable[[str, Txn], Txn] = lambda _, txn: txn  # what an ablation does to a process's transactions
         self.client_machine = self.loop.machine("clients")
         self.operator = self.loop.machine("operator")
@@ -164,14 +163,6 @@ class World:
         """A transaction, short."""
         keys = [op.key.decode(errors="replace").removeprefix(f"/{CLUSTER}/") for op in _written(txn)]
         return f"{len(txn.compares)} guards, writes {' '.join(keys) or 'nothing'}"
-
-    def _stepped(self, machine: Machine) -> None:
-        if self.loop.steps > self.steps_max and not self.is_over:
-            self.witness.fail("BUSY", f"{self.steps_max} steps were not enough: {self.loop!r}")
-            self.loop.stop()
-        process = self.processes.get(machine)
-        if process is not None and process.look():
-            self.witness.guard_changed(process)
 
     # --- what it consists of
 
