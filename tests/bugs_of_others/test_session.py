@@ -35,6 +35,7 @@ from tests.worker.scene import SHORT, Player, Scene, play
 
 SHARDLEAD: Final = Path(__file__).parents[2] / "shardlead"
 BOUND_S: Final = 20.0
+OFTEN: Final = replace(LEASE, renew_interval_s=0.05)
 
 
 def session_on(store: EtcdStore, clock: Clock, *, ttl_s: int = 5, lease: LeaseSettings = LEASE) -> Session:
@@ -85,7 +86,7 @@ def with_renewals(script: Script, body: Callable[[FakeGateway, Session], Corouti
         clock = SteppedClock()
         async with FakeGateway() as server, store_at(server.url, clock) as store, asyncio.timeout(BOUND_S):
             server.on(gateway.RENEW, script)
-            await body(server, session_on(store, clock, lease=replace(LEASE, renew_interval_s=0.05)))
+            await body(server, session_on(store, clock, lease=OFTEN))
 
     asyncio.run(main())
 
@@ -93,7 +94,7 @@ def with_renewals(script: Script, body: Callable[[FakeGateway, Session], Corouti
 # --- what an acknowledgement is worth --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen_s", [3.0, 60.0], ids=["for less than the TTL", "for longer"])
+@pytest.mark.parametrize("frozen_s", [2.0, 60.0], ids=["for less than the TTL", "for longer"])
 def test_02_an_acknowledgement_that_was_read_after_a_freeze_counts_from_before_its_request(frozen_s: float) -> None:
     """etcd's Go client, KCL, etcd3-py count the deadline from an acknowledgement's receipt: one that waited in the
     socket while the process stood still brings a dead lease to life. Here it is as old as its request."""
@@ -110,7 +111,7 @@ def test_02_an_acknowledgement_that_was_read_after_a_freeze_counts_from_before_i
 
         async with FakeGateway() as server, store_at(server.url, clock) as store:
             server.on(gateway.RENEW, renewals)
-            session = session_on(store, clock)
+            session = session_on(store, clock, lease=OFTEN)
             async with running(session) as states:
                 assert session.is_valid()
                 await server.has_been_asked(gateway.RENEW, 2)  # so the first answer has been read and applied
@@ -359,12 +360,12 @@ def test_05_keys_that_are_gone_while_their_lease_is_still_renewed_are_missed_wit
     the watch tells it in milliseconds, and if that says nothing, the audit within one TTL."""
 
     async def act(scene: Scene) -> None:
-        one = await leading(scene, 0, 1, lease=SHORT)
+        one = await leading(scene, 0, 1, lease=SHORT if told_by == "audit" else scenes.LEASE)
         lead, lease = scene.lead(0), one.lease
         if told_by == "audit":
             deafen(scene, one)
         await scene.write(Delete(scene.keys.worker("w1")), Delete(scene.keys.leader(0)), Delete(scene.keys.leader(1)))
-        within_s = 1.0 if told_by == "watch" else SHORT.ttl_s * 1.1 + 0.5
+        within_s = 2.0 if told_by == "watch" else SHORT.ttl_s * 1.1 + 1.0
         await scene.until(lambda: not lead.is_valid(0.0), within_s)
         one.transport.unmute()
         await until_replaced(scene, one, lease, within_s=3.0)
@@ -448,9 +449,10 @@ def test_27_a_renewal_that_hangs_does_not_put_off_the_end_of_the_work() -> None:
 
         one.transport.by[gateway.RENEW] = hangs
         work = asyncio.create_task(request())
-        await asyncio.sleep(session.remaining_s())  # there is nothing else to wait for: nothing happens before
+        for _ in range(2):  # an answer may have been on its way; and there is nothing else to wait for
+            await asyncio.sleep(max(0.0, session.remaining_s()))
         assert not lead.is_valid(0.0)
-        await asyncio.wait({work}, timeout=0.3)
+        await asyncio.wait({work}, timeout=5.0)
         assert isinstance(work.exception(), LeadershipLost)
         assert scene.leader(0) == "w1"
         del one.transport.by[gateway.RENEW]
@@ -475,7 +477,7 @@ def test_29_a_leaders_own_work_is_interrupted_when_its_session_is_lost() -> None
         one = await leading(scene, 0, script=scenes.Script(run=run))
         await scene.until(lambda: scene.said("run"))
         await scene.stage.store.revoke(one.lease)
-        await scene.until(lambda: scene.said("ran"), within_s=1.0)
+        await scene.until(lambda: scene.said("ran"), within_s=2.0)
         assert guards == [False]
 
     play("embedded", act)
