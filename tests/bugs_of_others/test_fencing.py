@@ -49,7 +49,7 @@ def test_04_acknowledgements_of_a_deposed_store_leader_harm_no_data_and_are_foun
                 raw = {"header": {"revision": "1"}, "ID": orjson.loads(sent.body)["ID"], "TTL": str(SHORT.ttl_s)}
                 return Answer(200, orjson.dumps({"result": raw}))
 
-            one.transport.by[gateway.RENEW] = acknowledged
+            await one.transport.meddle(gateway.RENEW, acknowledged)
             one.transport.mute(scene.keys.meta, scene.keys.inbox("w1"))
             await scene.stage.store.revoke(one.lease)
             await scene.until_serving("w2", 0)
