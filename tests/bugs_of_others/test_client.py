@@ -12,14 +12,12 @@ import orjson
 import pytest
 
 from shardlead.clock import SystemClock
-from shardlead.cluster.answers import Claimed
-from shardlead.cluster.batch import BATCH
 from shardlead.cluster.session import open_session
 from shardlead.config import StoreSettings
 from shardlead.core.model import SHARDS_PER_LEASE_MAX, WorkerRecord
 from shardlead.errors import StoreError, StoreUnavailable
 from shardlead.store import gateway
-from shardlead.store.base import UNGUARDED, Committed, Put, Txn
+from shardlead.store.base import TXN_OPS_MAX, UNGUARDED, Committed, Put, Txn
 from shardlead.store.etcd import EtcdStore
 from shardlead.store.transport import Answer, Channel
 from shardlead.worker import claims
@@ -121,7 +119,7 @@ def test_19_a_hundred_starts_that_fail_leave_no_lease_behind(kind: str) -> None:
         await asyncio.gather(*(refused(number) for number in range(50)))
         rivals = [asyncio.create_task(start("w1")) for _ in range(51)]  # all find the name free, one gets it
         await asyncio.wait(rivals, return_when=asyncio.FIRST_COMPLETED)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(15):
             while len(await leases(stage)) > 1:  # noqa: ASYNC110  # the others give theirs back as they lose
                 await asyncio.sleep(0.02)
         for rival in rivals:
@@ -169,13 +167,14 @@ def test_31_the_end_of_a_full_lease_stalls_nobody_for_long() -> None:
 
     async def scene(stage: Stage) -> None:
         one = await stage.actor("w1", LONG)
-        for start in range(0, SHARDS_PER_LEASE_MAX, BATCH):
-            batch = range(start, min(start + BATCH, SHARDS_PER_LEASE_MAX))
-            answers = await one.election.claim(batch, "test")
-            assert all(isinstance(answer, Claimed) for answer in answers.values())
+        record, lease = one.leaders.own_record(), one.session.lease
+        for start in range(0, SHARDS_PER_LEASE_MAX, TXN_OPS_MAX):
+            shards = range(start, min(start + TXN_OPS_MAX, SHARDS_PER_LEASE_MAX))
+            claim = Txn(UNGUARDED, tuple(Put(stage.keys.leader(shard), record, lease) for shard in shards))
+            assert isinstance(await stage.store.commit(claim), Committed)  # the test is alone here
         assert await stage.count(stage.keys.leaders) == SHARDS_PER_LEASE_MAX
         loop = asyncio.get_running_loop()
-        revoking = asyncio.create_task(stage.store.revoke(one.session.lease))
+        revoking = asyncio.create_task(stage.store.revoke(lease))
         longest_s = 0.0
         while not revoking.done():
             began_s = loop.time()

@@ -27,7 +27,7 @@ from shardlead.store.transport import Answer
 from shardlead.worker.leadership import Leadership
 from tests.cluster import stage as stages
 from tests.cluster.stage import SHARDS, Actor, Stage
-from tests.support.between import Between, Sent, lost
+from tests.support.between import Between, Sent, held_for_ever, lost
 from tests.support.etcd import EtcdCluster, etcd_server
 from tests.worker.scene import SHORT, Player, Scene, Script, check, play
 
@@ -89,16 +89,11 @@ def test_01_a_candidate_whose_session_ended_while_it_waited_does_not_lead() -> N
     the session, and what is served stands in a key on a living lease."""
 
     async def act(scene: Scene) -> None:
-        one, two = await led_by_one(scene, "w2")
+        one, two = await led_by_one(scene, "w2", by={gateway.LEASE_KEYS: held_for_ever})
         lease, session = two.lease, two.worker.session
         assert session is not None
         two.transport.mute(scene.keys.meta, scene.keys.inbox("w2"))  # it does not hear of anything
-
-        async def hangs(sent: Sent) -> Answer:
-            await asyncio.sleep(sent.timeout_s)
-            raise lost(sent)
-
-        two.transport.by[gateway.RENEW] = hangs
+        await two.transport.meddle(gateway.RENEW, held_for_ever)
         await scene.stage.store.revoke(lease)
         await one.kill()
         assert session.is_valid()  # so it believes
@@ -106,7 +101,7 @@ def test_01_a_candidate_whose_session_ended_while_it_waited_does_not_lead() -> N
         await scene.until(lambda: session.is_lost, within_s=2.0)
         assert not scene.said("opening", "w2")
         two.transport.unmute()
-        del two.transport.by[gateway.RENEW]
+        two.transport.by.clear()
         await scene.until(lambda: two.worker.is_ready and two.lease != lease)
         await scene.assign({0: ("w2",)})
         await scene.until_serving("w2", 0)

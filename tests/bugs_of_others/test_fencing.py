@@ -1,5 +1,6 @@
 """Rows about what only storage can hold: two who believe in all honesty that they lead."""
 
+import asyncio
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,15 @@ def test_04_acknowledgements_of_a_deposed_store_leader_harm_no_data_and_are_foun
             async def give(lead: Leadership, amount: int) -> None:
                 await fence.write(lead, lambda tx: tx.execute("INSERT INTO deposits VALUES (?)", (amount,)).rowcount)
 
-            script = Script(open=fence.barrier)
-            one = await scene.start("w1", script, lease=SHORT)
+            script, may_audit = Script(open=fence.barrier), asyncio.Event()
+
+            async def held_up(sent: Sent) -> Answer:
+                """Until we have seen what both of them can do."""
+                await may_audit.wait()
+                return await one.transport.forward(sent)
+
+            one = await scene.start("w1", script, lease=SHORT, by={gateway.LEASE_KEYS: held_up})
+            await scene.start("w2", script, lease=SHORT)
             await scene.assign({0: ("w1", "w2")})
             await scene.until_serving("w1", 0)
             old = scene.lead(0)
@@ -41,11 +49,10 @@ def test_04_acknowledgements_of_a_deposed_store_leader_harm_no_data_and_are_foun
                 raw = {"header": {"revision": "1"}, "ID": orjson.loads(sent.body)["ID"], "TTL": str(SHORT.ttl_s)}
                 return Answer(200, orjson.dumps({"result": raw}))
 
-            one.transport.by[gateway.RENEW] = acknowledged
+            await one.transport.meddle(gateway.RENEW, acknowledged)
             one.transport.mute(scene.keys.meta, scene.keys.inbox("w1"))
-            await scene.start("w2", script, lease=SHORT)
             await scene.stage.store.revoke(one.lease)
-            await scene.until(lambda: scene.is_serving("w2", 0) or not old.is_valid(0.0))
+            await scene.until_serving("w2", 0)
             new = scene.lead(0)
             assert old.is_valid(0.0), "the trap has not sprung"
             assert new.is_valid(0.0)
@@ -54,7 +61,8 @@ def test_04_acknowledgements_of_a_deposed_store_leader_harm_no_data_and_are_foun
             with pytest.raises(Fenced):
                 await give(old, 7)
             await give(new, 5)
-            await scene.until(lambda: not old.is_valid(0.0), within_s=SHORT.ttl_s * 1.1 + 0.5)
+            may_audit.set()
+            await scene.until(lambda: not old.is_valid(0.0), within_s=SHORT.ttl_s * 1.1 + 1.0)
             total = await fence.read(lambda tx: tx.execute("SELECT sum(amount) FROM deposits").fetchone()[0])
             assert total == 105
 

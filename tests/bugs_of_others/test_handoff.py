@@ -8,17 +8,11 @@ import pytest
 from shardlead.store import gateway
 from shardlead.store.transport import Answer
 from shardlead.worker.leadership import Leadership
-from tests.support.between import Sent, lost
+from tests.support.between import Sent, held_for_ever
 from tests.worker.scene import Player, Scene, Script, play
 
 SOON_S: Final = 3.0
 """Far from any lease's end: a process that dies has its lease revoked, and its successors claim at once."""
-
-
-async def never(sent: Sent) -> Answer:
-    """The dead send nothing more."""
-    await asyncio.Event().wait()
-    raise lost(sent)
 
 
 async def holding(one: Player, has_begun: asyncio.Event) -> None:
@@ -56,7 +50,7 @@ def test_30_a_leader_that_dies_in_a_handoff_leaves_its_shard_to_the_target_at_on
             if step == "applied, not answered":
                 await one.transport.forward(sent)
             sent_off.set()
-            return await never(sent)  # it dies here
+            return await held_for_ever(sent)  # it dies here
 
         request = None
         if step in ("wanted", "draining"):
@@ -80,7 +74,7 @@ def test_30_a_leader_that_dies_in_a_handoff_leaves_its_shard_to_the_target_at_on
             case _:
                 await scene.until_serving("w2", 0)
         moved = scene.epoch(0) if step == "handed over" else 0
-        one.transport.by[gateway.TXN] = never
+        one.transport.by[gateway.TXN] = held_for_ever  # the dead send nothing more
         dying = asyncio.create_task(one.kill())
         is_dead.set()
         await dying

@@ -27,7 +27,7 @@ from tests.support.etcd import KINDS, EtcdCluster, etcd_server
 
 PREFIX: Final = b"/watched/"
 END: Final = prefix_end(PREFIX)
-BOUND_S: Final = 20.0
+BOUND_S: Final = 60.0
 SOON_S: Final = 3.0
 COMPACTION: Final = "/v3/kv/compaction"
 

@@ -37,6 +37,7 @@ class Between(HttpTransport):
         super().__init__(settings)
         self.by: dict[str, Meddler] = {}
         self.sent: list[Sent] = []
+        self._under_way: dict[str, set[asyncio.Future[None]]] = {}  # that nobody has meddled with
         self._muted: set[bytes] = set()
         self._unmuted = asyncio.Event()
 
@@ -46,7 +47,22 @@ class Between(HttpTransport):
         sent = Sent(channel, endpoint, path, body, headers, timeout_s)
         self.sent.append(sent)
         meddler = self.by.get(path)
-        return await (meddler(sent) if meddler is not None else self.forward(sent))
+        if meddler is not None:
+            return await meddler(sent)
+        under_way = self._under_way.setdefault(path, set())
+        done = asyncio.get_running_loop().create_future()
+        under_way.add(done)
+        try:
+            return await self.forward(sent)
+        finally:
+            under_way.discard(done)
+            done.set_result(None)
+
+    async def meddle(self, path: str, meddler: Meddler) -> None:
+        """Do this with the requests of a path from now on, and return once those of before have been answered."""
+        self.by[path] = meddler
+        if under_way := self._under_way.get(path):
+            await asyncio.wait(tuple(under_way))
 
     async def forward(self, sent: Sent) -> Answer:
         """What would have happened to it, now; as often as it is called."""
@@ -106,4 +122,7 @@ def lost(sent: Sent) -> TransportError:
     return TransportError(f"the test has lost a request to {sent.path}", is_sent=True)
 
 
-__all__ = ["Answer", "Between", "Meddler", "Sent", "lost"]
+async def held_for_ever(sent: Sent) -> Answer:
+    """It gets nowhere, whoever waits for it."""
+    await asyncio.Event().wait()
+    raise lost(sent)

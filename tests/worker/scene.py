@@ -31,7 +31,7 @@ from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import Worker
 from shardlead.worker.steward import Steward
 from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
-from tests.support.between import Between
+from tests.support.between import Between, Meddler
 
 BOUND_S = 25.0
 LOOK_S = 0.02
@@ -415,11 +415,13 @@ class Scene:
         script: Script | None = None,
         *,
         held_back: Mapping[bytes, asyncio.Event] | None = None,
+        by: Mapping[str, Meddler] | None = None,
         **settings: Any,
     ) -> Player:
-        """A worker that is up."""
+        """A worker that is up. `by`: what a test does with its requests from the first one on (see `Between`)."""
         player = self.player(name, script, **settings)
         player.transport.held_back.update(held_back or {})
+        player.transport.by.update(by or {})
         entered = asyncio.Event()
 
         async def live() -> bool:
