@@ -45,7 +45,8 @@ class Auditor:
             for client in world.clients:
                 client._drop()  # they have read once more since they ended, and are collected with a warning else
             for machine, process in world.processes.items():
-                audit = process.worker._audit if hasattr(process, "worker") else None
+                begun: Any = getattr(process, "worker", None)  # none, if it was killed at once
+                audit = begun._audit if begun is not None else None
                 if audit is not None:
                     audit.close()
                     raw = Path(audit.where).read_bytes().splitlines()
