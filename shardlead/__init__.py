@@ -4,32 +4,33 @@
     from shardlead import Worker, EtcdStore     a worker in one's own process
     from shardlead.fencing import ...           storage that refuses old epochs
     from shardlead.testing import ...           a cluster for tests of one's own
+    from shardlead import verify                what audit logs prove
     from shardlead import NotLeading, Fenced    and all other errors, one tree: see shardlead.errors
 
-What is heavy is imported when it is first asked for, so that `shardlead --help` answers at once.
+All is imported when it is first asked for, so that `shardlead --help` answers at once and Ctrl-C is heard in time.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from shardlead.errors import (
-    ClusterError,
-    CommandError,
-    ConfigError,
-    EpochRegressed,
-    Fenced,
-    LeadershipError,
-    LeadershipLost,
-    NotLeading,
-    ResourceUnavailable,
-    ShardleadError,
-    StoreError,
-    WriteUnknown,
-)
-
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and editors see it
+    from shardlead.audit import verify
     from shardlead.clock import Clock, SystemClock
     from shardlead.config import Settings
+    from shardlead.errors import (
+        ClusterError,
+        CommandError,
+        ConfigError,
+        EpochRegressed,
+        Fenced,
+        LeadershipError,
+        LeadershipLost,
+        NotLeading,
+        ResourceUnavailable,
+        ShardleadError,
+        StoreError,
+        WriteUnknown,
+    )
     from shardlead.store.etcd import EtcdStore
     from shardlead.worker.application import Application
     from shardlead.worker.leadership import Leadership
@@ -55,20 +56,36 @@ __all__ = [
     "SystemClock",
     "Worker",
     "WriteUnknown",
+    "verify",
 ]
 
 _HOMES = {
     "Application": "shardlead.worker.application",
     "Clock": "shardlead.clock",
+    "ClusterError": "shardlead.errors",
+    "CommandError": "shardlead.errors",
+    "ConfigError": "shardlead.errors",
+    "EpochRegressed": "shardlead.errors",
     "EtcdStore": "shardlead.store.etcd",
+    "Fenced": "shardlead.errors",
     "Leadership": "shardlead.worker.leadership",
+    "LeadershipError": "shardlead.errors",
+    "LeadershipLost": "shardlead.errors",
+    "NotLeading": "shardlead.errors",
+    "ResourceUnavailable": "shardlead.errors",
     "Settings": "shardlead.config",
+    "ShardleadError": "shardlead.errors",
+    "StoreError": "shardlead.errors",
     "SystemClock": "shardlead.clock",
     "Worker": "shardlead.worker.runtime",
+    "WriteUnknown": "shardlead.errors",
+    "verify": "shardlead.audit",
 }
 
 
 def __getattr__(name: str) -> object:
+    if name == "errors":  # `except shardlead.errors.Fenced` needs no import of its own
+        return import_module("shardlead.errors")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'shardlead' has no attribute {name!r}")

@@ -5,9 +5,10 @@ Law: a deadline is elapsed time on this machine since its boot. The wall clock n
 """
 
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _CLOCK_ID = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS has no CLOCK_BOOTTIME
+_AWAKE_ID = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # macOS's stands still while it sleeps
 
 NS_PER_S = 1_000_000_000
 
@@ -24,6 +25,15 @@ class Clock(Protocol):
         ...
 
 
+@runtime_checkable
+class SleepAware(Protocol):
+    """A clock that can tell suspended time from other time."""
+
+    def awake_ns(self) -> int:
+        """As `now_ns`, without the time in which the machine was suspended. For alarms alone."""
+        ...
+
+
 class SystemClock:
     """The machine's own clock.
 
@@ -35,6 +45,9 @@ class SystemClock:
 
     def now_ns(self) -> int:
         return time.clock_gettime_ns(_CLOCK_ID)
+
+    def awake_ns(self) -> int:
+        return time.clock_gettime_ns(_AWAKE_ID)
 
     def wall_s(self) -> float:
         return time.time()

@@ -182,6 +182,8 @@ class WorkerSettings:
     """First pause before a shard whose open() or run() failed is claimed again; doubles up to 60 s."""
     controller: bool = True
     """Whether this worker is a candidate for the controller's seat."""
+    audit_dir: str = ""
+    """Folder for audit logs, which `shardlead verify` checks: a new file for each process; empty: none is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,8 +339,9 @@ def _relations(settings: Settings) -> list[_Relation]:
         ),
         _Relation(
             ("worker.handle_need_s", "lease.ttl_s"),
-            worker.handle_need_s < slack,
-            f"must be less than what is left of a lease between two renewals, {slack:g} s",
+            worker.handle_need_s < slack or slack < 2 * store.try_timeout_s,  # then that is what is wrong
+            f"worker.handle_need_s ({worker.handle_need_s:g}) must be less than what is left of a lease between two "
+            f"renewals, {slack:g} s",
         ),
         _Relation(
             ("store.try_timeout_s", "store.call_timeout_s"),

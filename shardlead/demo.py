@@ -149,9 +149,7 @@ class CounterShard:
 
     def _body(self, name: str, value: int) -> bytes:
         lead = self._lead
-        return orjson.dumps(
-            {"name": name, "value": value, "shard": lead.shard, "epoch": lead.epoch, "worker": lead.worker}
-        )
+        return _json({"name": name, "value": value, "shard": lead.shard, "epoch": lead.epoch, "worker": lead.worker})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +187,13 @@ def _name_of(request: web.Request) -> str | web.Response:
         return _refusal(400, "a counter's name is UTF-8")
 
 
+def _json(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)  # so that a shell's prompt begins a line after curl's
+
+
 def _answer(body: bytes, **headers: str) -> web.Response:
     return web.Response(body=body, content_type=_ANSWER_TYPE, headers=headers)
 
 
 def _refusal(status: int, reason: str, **headers: str) -> web.Response:
-    return web.Response(status=status, body=orjson.dumps({"error": reason}), content_type=_ANSWER_TYPE, headers=headers)
+    return web.Response(status=status, body=_json({"error": reason}), content_type=_ANSWER_TYPE, headers=headers)

@@ -57,7 +57,7 @@ def write(info: DevCluster) -> Path:
         with os.fdopen(handle, "wb") as file:
             file.write(content + b"\n")
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: nobody would ever remove it
         Path(temporary).unlink(missing_ok=True)
         raise
     return path

@@ -26,6 +26,7 @@
     ├── ResourceUnavailable    the fenced resource did not answer in time; nothing was written
     ├── RequestError           a request whose key or framing cannot be used
     ├── CommandError           an operator's command that cannot be carried out
+    ├── AuditError             an audit log that cannot be read, or is none
     └── ProcessFailed          a process that was started for tests or `shardlead dev` did not do its part
 
 Each class says with `is_retryable` whether the same call may succeed later without anybody changing anything.
@@ -272,9 +273,18 @@ class CommandError(ShardleadError):
     """An operator's command that cannot be carried out; the text says why and what to do."""
 
 
-class ProcessFailed(ShardleadError):
-    """A process that `shardlead dev` or a test started did not do its part. `output` is the end of what it printed."""
+class AuditError(ShardleadError):
+    """An audit log that cannot be verified: not there, not readable, or with a line that is none of ours."""
 
-    def __init__(self, process: str, reason: str, output: str) -> None:
-        self.process, self.reason, self.output = process, reason, output
+    def __init__(self, where: str, reason: str) -> None:
+        self.where, self.reason = where, reason  # a file, or file:line
+        super().__init__(f"{where}: {reason}")
+
+
+class ProcessFailed(ShardleadError):
+    """A process that `shardlead dev` or a test started did not do its part. `output` is the end of what it printed,
+    `code` its exit code if it has ended."""
+
+    def __init__(self, process: str, reason: str, output: str, code: int | None = None) -> None:
+        self.process, self.reason, self.output, self.code = process, reason, output, code
         super().__init__(f"{process} {reason}" + (f"; it said:\n{output}" if output else ""))

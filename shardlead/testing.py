@@ -7,8 +7,10 @@
         await cluster.wait_led(timeout_s=2)
 
 Nothing in it is simulated: a store, workers with their parents, routers, each a process on free loopback ports. With
-pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`. For the opposite, many machines
-in one thread with a virtual clock and a simulated network, there is `VirtualLoop` (see `shardlead.virtual`).
+pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`. With the setting
+`worker.audit_dir` the workers write audit logs, which `shardlead.verify` holds against "never two leaders". For the
+opposite, many machines in one thread with a virtual clock and a simulated network, there is `VirtualLoop` (see
+`shardlead.virtual`).
 
 Law: whatever happens, leaving the block ends every process (see `processes`). Every wait is bounded; one that fails
 shows what the processes said last.
@@ -158,7 +160,7 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         try:
             await self._begin()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: without __aenter__ nobody calls __aexit__, and processes run by now
             self.show_logs()
             await self._exit.aclose()
             raise
@@ -274,7 +276,7 @@ class LocalCluster:
         try:
             async with asyncio.timeout(timeout_s):
                 out, err = await process.communicate()
-        except BaseException:
+        except BaseException:  # cancelled, too: nobody else knows of this process
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

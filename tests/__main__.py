@@ -3,11 +3,13 @@
     python -m tests            format, lint, strict types, imports, all tests but the long ones
     python -m tests long       the same with the long lists
     python -m tests simulate   the simulation alone: seeds, scenarios, traces (see --help)
+    python -m tests faults     random faults to real processes on three real etcd members (see --help)
     python -m tests PATH ...   pytest alone, with these arguments
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
 Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
-clusters (tests/e2e) measure times and run alone, afterwards; the simulation takes all cores, and comes last.
+clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) must bear the machine
+alone, too; the simulation takes all cores, and comes last.
 """
 
 import contextlib
@@ -32,6 +34,7 @@ WAITING: Final = ("cluster", "controller", "interop", "store", "support")
 """The folders of the first lane: about half of the time."""
 HALF: Final = "etcd or test_dev_command"
 """The whole clusters of one lane: about half of the time, too."""
+FAULTS_LATER: Final = "--ignore=tests/e2e/faults"
 _LAST_LINE: Final = re.compile(r"=+ (?P<counts>.*) in [0-9.]+s.* =+$")
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -54,6 +57,10 @@ def main(arguments: list[str]) -> int:
         from tests.simulation import many  # what it imports takes longer than the other checks need to begin
 
         return many.main(arguments[1:])
+    if arguments[:1] == ["faults"]:
+        from tests.e2e.faults import run as faults
+
+        return faults.main(arguments[1:])
     is_long = arguments == ["long"]
     if arguments and not is_long:
         return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
@@ -104,13 +111,15 @@ def tests(arguments: list[str]) -> Step:
         ]
         codes = [lane.finish() for lane in lanes]
         clusters = [
-            Lane("whole clusters on etcd", [*arguments, "tests/e2e", "-k", HALF], folder),
-            Lane("whole clusters, the rest", [*arguments, "tests/e2e", "-k", f"not ({HALF})"], folder),
+            Lane("whole clusters on etcd", [*arguments, "tests/e2e", FAULTS_LATER, "-k", HALF], folder),
+            Lane("whole clusters, the rest", [*arguments, "tests/e2e", FAULTS_LATER, "-k", f"not ({HALF})"], folder),
         ]
         codes += [lane.finish() for lane in clusters]
+        faults = Lane("random faults", [*arguments, "tests/e2e/faults"], folder)
+        codes.append(faults.finish())
         simulation = Lane("simulation", [*arguments, "tests/simulation"], folder)
         codes.append(simulation.finish())
-        lanes += [*clusters, simulation]
+        lanes += [*clusters, faults, simulation]
     counts = Counter[str]()
     for lane in lanes:
         counts.update(lane.counts)

@@ -1,6 +1,7 @@
 """What holds for every test: which are left out when, and that a missing etcd is no excuse under CI."""
 
 import os
+import signal
 from collections.abc import Generator
 
 import hypothesis
@@ -25,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job and nohup have these ignored. Every process of a test would inherit that, and keep to it.
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if config.getoption("--long"):
         fuzz.go_long()
 

@@ -205,6 +205,27 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_ctrl_c_while_it_loads_is_no_traceback() -> None:
+    """The process ends by the signal, as any program does; whoever started it with SIGINT ignored is not disobeyed."""
+    code = """if True:
+        import os, signal, sys
+        class AtClick:
+            def find_spec(self, name, *_):
+                if name == "click":
+                    os.kill(os.getpid(), signal.SIGINT)
+        if "ignored" in sys.argv:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.argv[1:] = ["version"]
+        from shardlead.__main__ import main
+        sys.meta_path.insert(0, AtClick())
+        main()
+    """
+    for words, returncode in (((), -signal.SIGINT), (("ignored",), 0)):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert (done.returncode, done.stderr) == (returncode, "")
+
+
 def test_every_command_explains_itself(run: Callable[..., Ran]) -> None:
     """Each command and subcommand has a help of its own, and none of them fails on it."""
     listed = run("--help").out
@@ -228,6 +249,8 @@ def test_version(spawn: Callable[..., Ran]) -> None:
         (("move", "1"), "Missing argument 'WORKER'"),
         (("worker",), "Missing argument 'MODULE:NAME'"),
         (("worker", "nomodule"), "must be MODULE:NAME"),
+        (("worker", ":Thing"), "must be MODULE:NAME"),
+        (("dev", "--app", "no.such:"), "must be MODULE:NAME"),
         (("worker", "no.such:Thing"), "there is no module 'no'"),
         (("worker", "shardlead.demo:Countre"), "did you mean Counter"),
         (("router", "--port", "http"), "--port: router.port = 'http': must be a whole number"),

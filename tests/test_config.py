@@ -140,6 +140,7 @@ def test_what_is_wrong_is_named_with_all_four(tmp_path: Path, line: str, value: 
     ("lines", "field", "numbers"),
     [
         ("lease.ttl_s = 5", "lease.ttl_s", "5 * 0.99 - 0.5 - 2.8 = 1.65 < 2"),
+        ("lease.ttl_s = 2", "lease.ttl_s", "2 * 0.99 - 0.5 - 2.8 = -1.32 < 2"),  # and nothing else that follows
         ("lease.renew_interval_s = 8", "lease.renew_interval_s", "10 * 0.99 - 0.5 - 8 = 1.4 < 2"),
         ("lease.margin_s = 0\nstore.try_timeout_s = 5", "lease.margin_s", "10 * 0.99 - 0.5 - 2.8 = 6.6 < 10"),
         ("worker.handle_need_s = 7", "worker.handle_need_s", "6.6 s"),

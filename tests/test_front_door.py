@@ -22,7 +22,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_door_alone_is_light() -> None:
-    """`import shardlead` brings in neither an event loop nor an HTTP library."""
-    code = "import sys, shardlead; print(sorted({'aiohttp', 'asyncio', 'uvloop', 'msgspec'} & set(sys.modules)))"
+    """`import shardlead` brings in neither an event loop nor an HTTP library, nor anything else of ours."""
+    code = (
+        "import sys, shardlead; heavy = {'aiohttp', 'asyncio', 'uvloop', 'msgspec', 'shardlead.errors'}; "
+        "print(sorted(heavy & set(sys.modules))); shardlead.errors.Fenced"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from shardlead.clock import NS_PER_S, Clock
+from shardlead.clock import NS_PER_S, Clock, SleepAware
 from shardlead.config import LeaseSettings
 from shardlead.core import lease as lease_rules
 from shardlead.core.keyspace import Keyspace, decode, encode
-from shardlead.core.lease import Active, Lost, Suspended, Terms
+from shardlead.core.lease import Active, Lost, Readings, Suspended, Terms
 from shardlead.core.model import WorkerRecord
 from shardlead.errors import KeyspaceError, LeaseGone, NameTaken, StoreError, StoreReplaced, StoreUnavailable
 from shardlead.store.base import (
@@ -45,7 +45,8 @@ NAME_WAIT_EXTRA_S: Final = 5.0  # a taken name is waited for TTL + this long
 RETRY_S: Final = 0.1  # first pause after a failed renewal; doubles to RETRY_MAX_S
 RETRY_MAX_S: Final = 1.0
 WATCHMAN_S: Final = 0.5  # how often the clocks are compared with each other
-WALL_JUMP_S: Final = 0.25  # a wall clock that runs ahead by more: this machine may have been held still (A.4)
+INSTANT_NS: Final = 5_000_000  # reading all of them takes a microsecond; longer, and we were stalled between two
+READINGS_MAX: Final = 5
 CONFIRM_JITTER_S: Final = 0.2
 CONFIRM_PAUSE_S: Final = 1.0  # T3 at most once a second
 CLOSE_TIMEOUT_S: Final = 3.0
@@ -60,8 +61,9 @@ def terms_of(settings: LeaseSettings) -> Terms:
 class Session:
     """One lease of this process, from T0 (`open_session`) to its loss or `close`.
 
-    `on_change` is called synchronously at each change between active, suspended and lost. `confirm` is T3: it says
-    True (the record is ours), False (it is not: the session is lost) or None (not known).
+    `on_change` is called synchronously at each change between active, suspended and lost; `on_deadline` with each new
+    guard time (0: the guard says no), *before* it counts. `confirm` is T3: it says True (the record is ours), False (it
+    is not: the session is lost) or None (not known).
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Session:
         self.announced_revision = 0  # of the last `announce` that was applied
         self.terms = terms_of(settings)
         self.on_change: Callable[[lease_rules.State], None] = lambda _state: None
+        self.on_deadline: Callable[[int], object] = lambda _deadline_ns: None
         self.confirm: Callable[[], Awaitable[bool | None]] | None = None
         self._store = store
         self._keyspace = keyspace
@@ -100,6 +103,7 @@ class Session:
         self._state: lease_rules.State = lease_rules.opened(sent_ns, ttl_s, self.terms)
         self._guard_ns = self._state.deadline_ns if isinstance(self._state, Active) else 0
         self._changed = asyncio.Event()
+        self._clocks = self._readings()
 
     def __repr__(self) -> str:
         return f"<Session {self.name} sid={self.sid} {type(self._state).__name__} {self.remaining_s():.2f} s left>"
@@ -123,9 +127,29 @@ class Session:
         """The guard: may an act that takes effect within `need_s` seconds begin now? One clock read, no await."""
         return self._clock.now_ns() + int(need_s * NS_PER_S) < self._guard_ns
 
+    @property
+    def deadline_ns(self) -> int:
+        """Until when the guard says yes; 0 when not active."""
+        return self._guard_ns
+
     def remaining_s(self) -> float:
         """Seconds until the deadline; negative after it, and when not active."""
         return (self._guard_ns - self._clock.now_ns()) / NS_PER_S if self._guard_ns else -1.0
+
+    async def suspended_for(self, seconds: float) -> None:
+        """Return once it has been suspended for so long and no renewal has succeeded meanwhile: the store is away."""
+        while True:
+            while not self._is_cut_off():
+                await self._next_change()
+            try:
+                async with asyncio.timeout(seconds):
+                    while self._is_cut_off():
+                        await self._next_change()
+            except TimeoutError:
+                return
+
+    def _is_cut_off(self) -> bool:
+        return isinstance(self._state, Suspended) and not self._state.renewed_until_ns
 
     # --- verdicts from outside ---
 
@@ -135,9 +159,7 @@ class Session:
 
     def doubt(self, reason: str) -> None:
         """Something contradicts our picture: suspend until a renewal and T3 say otherwise."""
-        if isinstance(self._state, Active):
-            log.warning("session doubted", extra={"worker": self.name, "sid": self.sid, "reason": reason})
-        self._set(lease_rules.doubted(self._state, self._clock.now_ns()))
+        self._set(lease_rules.doubted(self._state, self._clock.now_ns()), reason)
 
     def guards(self) -> tuple[Compare, ...]:
         """What every transaction of this session compares: its record is on its lease, meta is the one it knows."""
@@ -231,18 +253,27 @@ class Session:
 
     async def _watchman(self) -> None:
         """Wakes at the deadline so that loss is acted on in time; watches the clocks against each other."""
-        offset_s = self._clock.wall_s() - self._clock.now_ns() / NS_PER_S
         while not self.is_lost:
             now_ns = self._clock.now_ns()
             self._set(lease_rules.lapsed(self._state, now_ns))
-            ahead_s = self._clock.wall_s() - now_ns / NS_PER_S - offset_s
-            if ahead_s > WALL_JUMP_S:
-                self.doubt(f"wall clock ran ahead by {ahead_s:.2f} s: this machine may have been held still")
-            offset_s += ahead_s
+            before, self._clocks = self._clocks, self._readings()
+            if reason := lease_rules.alarm(before, self._clocks):
+                self.doubt(reason)
             until_s = WATCHMAN_S
             if isinstance(self._state, Active):
                 until_s = min(until_s, max(0.001, (self._state.deadline_ns - now_ns) / NS_PER_S))
             await asyncio.sleep(until_s)
+
+    def _readings(self) -> Readings:
+        """All clocks at one instant, as far as that can be had: a stall between two of them would look like a jump."""
+        clock, tries = self._clock, 0
+        while True:
+            boot_ns = clock.now_ns()
+            awake_ns = clock.awake_ns() if isinstance(clock, SleepAware) else boot_ns
+            wall_ns = int(clock.wall_s() * NS_PER_S)
+            tries += 1
+            if clock.now_ns() - boot_ns < INSTANT_NS or tries == READINGS_MAX:
+                return Readings(boot_ns, awake_ns, wall_ns)
 
     async def _confirm_loop(self) -> None:
         """After a renewal that followed a suspension: T3, at most once a second."""
@@ -270,21 +301,25 @@ class Session:
         event, self._changed = self._changed, asyncio.Event()
         event.set()
 
-    def _set(self, state: lease_rules.State) -> None:
+    def _set(self, state: lease_rules.State, doubt: str = "") -> None:
         before, self._state = self._state, state
-        self._guard_ns = state.deadline_ns if isinstance(state, Active) else 0
+        guard_ns = state.deadline_ns if isinstance(state, Active) else 0
+        if guard_ns != self._guard_ns:
+            self.on_deadline(guard_ns)
+            self._guard_ns = guard_ns
         if type(before) is not type(state):
-            self._log_change(state)
+            self._log_change(state, doubt)
             self._wake()
             self.on_change(state)
 
-    def _log_change(self, state: lease_rules.State) -> None:
+    def _log_change(self, state: lease_rules.State, doubt: str) -> None:
         facts = {"worker": self.name, "sid": self.sid}
         match state:
             case Active():
                 log.info("session active", extra=facts)
             case Suspended():
-                log.warning("session suspended: its deadline passed without a verdict", extra=facts)
+                reason = doubt or "its deadline passed without a verdict"
+                log.warning("session suspended", extra={**facts, "reason": reason})
             case Lost(reason) if reason == CLOSED:
                 log.info("session closed", extra=facts)
             case Lost(reason):
@@ -381,11 +416,13 @@ async def _holder(store: Store, key: bytes) -> KeyValue | None:
 
 
 async def _wait_gone(store: Store, holder: KeyValue, timeout_s: float) -> None:
-    """Until that record is deleted, at most so long; a watch that breaks ends the wait, the caller looks again."""
+    """Until that record is deleted, at most so long; a watch that breaks ends the wait, the caller looks again.
+
+    It begins at the record's own revision, so that a compaction in between breaks it (see `store.mirror`)."""
     try:
         async with (
             asyncio.timeout(timeout_s),
-            store.watch(holder.key, b"", holder.mod_revision + 1) as batches,
+            store.watch(holder.key, b"", holder.mod_revision) as batches,
         ):
             async for batch in batches:
                 if any(event.is_delete for event in batch.events):

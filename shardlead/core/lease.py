@@ -36,6 +36,34 @@ class Terms:
         return int(ttl_s * NS_PER_S) + self.margin_ns(ttl_s)
 
 
+WALL_JUMP_NS = 250_000_000  # a wall clock that ran ahead by more: this machine may have been held still
+SLEEP_JUMP_NS = 50_000_000  # more suspended time: how long it was, the kernel takes from a clock of whole seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """A machine's clocks at one instant: since boot, the same without suspended time, and the wall clock."""
+
+    boot_ns: int
+    awake_ns: int
+    wall_ns: int
+
+
+def alarm(before: Readings, after: Readings) -> str:
+    """Why elapsed time is not to be trusted since `before`; "" if nothing speaks against it (protocol.md A.4, Clocks).
+
+    Cheap and partial: a machine that was held still as a whole, its wall clock too, is not noticed.
+    """
+    passed_ns = after.boot_ns - before.boot_ns
+    ahead_ns = after.wall_ns - before.wall_ns - passed_ns
+    asleep_ns = passed_ns - (after.awake_ns - before.awake_ns)
+    if asleep_ns > SLEEP_JUMP_NS:
+        return f"this machine was suspended for about {asleep_ns / NS_PER_S:.2f} s"
+    if ahead_ns > WALL_JUMP_NS:
+        return f"wall clock ran ahead by {ahead_ns / NS_PER_S:.2f} s: this machine may have been held still"
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Active:
     """The lease is ours for certain until `deadline_ns`."""

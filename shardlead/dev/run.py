@@ -16,11 +16,13 @@ import orjson
 
 from shardlead import devfile
 from shardlead.clock import Clock, SystemClock
+from shardlead.core.audit import SUFFIX
 from shardlead.dev.console import RED, Console, balance, counted
 from shardlead.dev.home import Home, home_of
 from shardlead.dev.options import DEMO, DevOptions
 from shardlead.devfile import DevCluster
 from shardlead.errors import CommandError, ProcessFailed
+from shardlead.loading import default_of
 from shardlead.narrator import Narrator
 from shardlead.processes import (
     DATA_VARIABLE,
@@ -55,6 +57,7 @@ WORKER_TIMES: Final = {  # Ctrl-C is answered within WORKER_STOP_S
     "worker.shutdown_timeout_s": 12,
 }
 STORE_STOP_S: Final = 5.0
+EXIT_USAGE: Final = 2
 QUIET_S: Final = 0.25  # changes closer together than this are told together
 TOLD_AFTER_S: Final = 1.5  # but no later than this
 RECONNECT_S: Final = 0.2
@@ -67,6 +70,7 @@ def main(options: DevOptions, *, out: TextIO | None = None, clock: Clock | None 
     remembers something else than the flags say), both before anything was started.
     """
     check_port(options.port)
+    check_audit(options)
     with home_of(options) as home:
         return asyncio.run(_Dev(options, home, Console(out or sys.stdout), clock or SystemClock()).run())
 
@@ -78,6 +82,21 @@ def check_port(port: int) -> None:
     other = next((info for info in devfile.alive() if info.port == port), None)
     who = f"another `shardlead dev` (pid {other.pid})" if other else "something"
     raise CommandError(f"port {port} is taken: {who} listens on {LOOPBACK}:{port} already; take another with --port")
+
+
+def check_audit(options: DevOptions) -> None:
+    """Raises CommandError if logs of an earlier cluster would get into one folder with this one's."""
+    if options.audit is None or options.data is not None:
+        return
+    try:
+        is_used = any(options.audit.expanduser().glob(f"*{SUFFIX}"))
+    except OSError as exc:
+        raise CommandError(f"--audit {options.audit}: {exc.strerror}") from exc
+    if is_used:
+        raise CommandError(
+            f"--audit {options.audit} has logs of an earlier cluster, and without --data epochs begin anew: they would "
+            f"contradict each other. Name another folder, or remove them"
+        )
 
 
 class _Dev:
@@ -103,6 +122,7 @@ class _Dev:
         self._etcd_faults: set[str] = set()
         self._shards = home.shards
         self._told: Mapping[str, int] = {}
+        self._audit = str(options.audit.expanduser().resolve()) if options.audit is not None else ""
 
     async def run(self) -> int:
         """From the first process to the last."""
@@ -123,6 +143,8 @@ class _Dev:
             (outcome,) = await asyncio.gather(life, return_exceptions=True)
             if isinstance(outcome, ProcessFailed):
                 self._fail(str(outcome))
+                if outcome.code == EXIT_USAGE:
+                    self.exit_code = EXIT_USAGE  # what is wrong are the settings, the application's name say
             await self._stop()
             if isinstance(outcome, Exception) and not isinstance(outcome, ProcessFailed):
                 raise outcome
@@ -135,20 +157,22 @@ class _Dev:
         self.router = await self._start_router()
         seen = await self._wait_led(session, self.router)
         self._begin(seen)
-        path = self._tell_others()
+        with contextlib.ExitStack() as stack:
+            self._tell_others(stack)
+            await self._go_on(session, seen)
+
+    async def _go_on(self, session: aiohttp.ClientSession, seen: ClusterMap) -> None:
+        assert self.router is not None
         self._welcome(seen)
         if self.options.for_s is not None:
             asyncio.get_running_loop().call_later(self.options.for_s, self._stopping.set)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(session, self.router))
-                tasks.create_task(self._tell())
-                tasks.create_task(self._attend_vital(self.store))
-                tasks.create_task(self._attend_vital(self.router))
-                for worker in self.workers:
-                    tasks.create_task(self._attend_worker(worker))
-        finally:
-            devfile.remove(path)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(session, self.router))
+            tasks.create_task(self._tell())
+            tasks.create_task(self._attend_vital(self.store))
+            tasks.create_task(self._attend_vital(self.router))
+            for worker in self.workers:
+                tasks.create_task(self._attend_worker(worker))
 
     # --- starting
 
@@ -184,6 +208,8 @@ class _Dev:
 
     async def _start_worker(self, name: str) -> None:
         own = {"worker.name": name, "worker.port": 0, **WORKER_TIMES}
+        if self._audit:
+            own["worker.audit_dir"] = self._audit
         command = shardlead_command("worker", self.options.app, *self._settings(own))
         worker = await self.processes.start(name, command, is_worker=True)
         assert isinstance(worker, WorkerProcess)
@@ -216,7 +242,8 @@ class _Dev:
             raise ProcessFailed("router", f"did not show its map within {LED_TIMEOUT_S:g} s", router.tail())
         return seen  # led in part: told as it is, the reason is in the workers' output
 
-    def _tell_others(self) -> Path:
+    def _tell_others(self, stack: contextlib.ExitStack) -> None:
+        """Let the other commands find this cluster, for as long as `stack` lasts."""
         assert self.router is not None
         info = DevCluster(
             pid=os.getpid(),
@@ -227,7 +254,12 @@ class _Dev:
             started=self.clock.wall_s(),
             data=str(self.home.folder) if self.home.is_kept else "",
         )
-        return devfile.write(info)
+        try:
+            stack.callback(devfile.remove, devfile.write(info))
+        except OSError as exc:  # a home that cannot be written: everything works but the finding
+            where = f"{exc.filename or devfile.folders()[-1]}: {exc.strerror or exc}"
+            named = f"--store {self.store_url} --cluster {CLUSTER}"
+            self.console.line(f"other commands cannot find this cluster and need {named} ({where})")
 
     # --- following
 
@@ -349,9 +381,14 @@ class _Dev:
     def _worker_line(self, name: str) -> str:
         """The command that starts one worker more, for another terminal."""
         words = [*_command_name(), "worker", self.options.app, "--name", name]
-        words += ["--store", self.store_url, "--cluster", CLUSTER]
+        lease = lease_settings(self.options.ttl_s)  # as the others', or its shards would wait longer for a successor
+        unusual = {field: value for field, value in lease.items() if value != default_of(field)}
+        words += ["--store", self.store_url, "--cluster", CLUSTER, *settings_flags(unusual)]
+        if self._audit:
+            words += ["--audit", self._audit]
         name, value = ("SHARDLEAD_DEMO_DB", self.home.database) if self._is_demo else (DATA_VARIABLE, self.home.folder)
-        return f"{name}={shlex.quote(str(value))} {shlex.join(words)}"
+        folder = "" if self._is_demo else f"cd {shlex.quote(str(Path.cwd()))} && "  # where its module is found
+        return f"{folder}{name}={shlex.quote(str(value))} {shlex.join(words)}"
 
     def _welcome(self, seen: ClusterMap) -> None:
         assert self.router is not None
@@ -376,6 +413,8 @@ class _Dev:
             say(f"  data     {self.home.folder}")
         else:
             say(f"  data     temporary, gone at the end   {dim('(keep it: --data DIR)')}")
+        if self._audit:
+            say(f"  audit    {self._audit}   (check it: {shlex.join([*_command_name(), 'verify', self._audit])})")
         for worker in self.workers:
             leads = counted(counts.get(worker.name, 0), "shard")
             say(f"  {worker.name:<8} http://{worker.address}   leads {leads}, pid {worker.pid}")
@@ -383,12 +422,13 @@ class _Dev:
         say(bold("Try, in another terminal:"))
         say()
         url, shardlead = f"localhost:{port}", shlex.join(_command_name())
+        here = "" if port == DevOptions().port else f" --dev {port}"  # a port of its own: there may be others
         victim = self.workers[0]
-        tries = [(f"{shardlead} shards", "who leads what"), (f"kill -9 {victim.pid}", f"{victim.name} crashes")]
+        tries = [(f"{shardlead} shards{here}", "who leads what"), (f"kill -9 {victim.pid}", f"{victim.name} crashes")]
         if self._is_demo:
             tries[:0] = [(f"curl -X POST {url}/counters/alice", "adds one"), (f"curl {url}/counters/alice", "reads")]
         if len(self.workers) > 1:
-            tries.append((f"{shardlead} drain {self.workers[1].name}", f"{self.workers[1].name} is emptied"))
+            tries.append((f"{shardlead} drain {self.workers[1].name}{here}", f"{self.workers[1].name} is emptied"))
         width = max(len(command) for command, _ in tries)
         for command, meaning in tries:
             say(f"  {command:<{width}}   {dim(f'# {meaning}')}")

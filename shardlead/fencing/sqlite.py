@@ -275,7 +275,7 @@ class SqliteFence:
             for statement in (_FENCE_TABLE, *self._schema):
                 connection.execute(statement)
             connection.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # whatever `schema` raises; it is raised on, without the open file
             connection.close()
             raise
         return connection

@@ -115,7 +115,8 @@ class Process:
             if self._ready.done():
                 return self._ready.result()
             if ended.done():
-                raise ProcessFailed(self.name, f"ended with code {self.returncode} before it was ready", self.tail())
+                reason = f"ended with code {self.returncode} before it was ready"
+                raise ProcessFailed(self.name, reason, self.tail(), self.returncode)
             raise ProcessFailed(self.name, f"was not ready within {timeout_s:g} s", self.tail())
         finally:
             ended.cancel()

@@ -33,7 +33,7 @@ def problem_bytes(
     }
     if shard >= 0:
         value["shard"] = shard
-    body = orjson.dumps(value)
+    body = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)  # a prompt after curl's output begins a line
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:

@@ -104,6 +104,7 @@ class EtcdStore:
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
+        await self._credentials.close()
         await self._transport.close()
 
     def rotate(self, reason: str) -> None:
@@ -248,6 +249,7 @@ class EtcdStore:
         try:
             raw = await self._attempt(Channel.RENEWAL, index, gateway.RENEW, body, self._settings.try_timeout_s)
             self._seen(raw)
+            gateway.check_lease(raw, lease)
             ttl_s = gateway.renewed_ttl_s(raw)
         except TransportError as exc:
             reason = exc.reason
@@ -334,7 +336,7 @@ class EtcdStore:
         except TimeoutError as exc:
             stream.close()
             raise TransportError(f"the watch was not created within {timeout_s:.3g} s", is_sent=True) from exc
-        except BaseException:
+        except BaseException:  # cancelled, too: a watch that nobody reads would stay open at the server
             stream.close()
             raise
         self._health.answered(endpoint)
@@ -351,24 +353,31 @@ class EtcdStore:
     # --- one attempt -------------------------------------------------------------------------------------------
 
     async def _attempt(self, channel: Channel, index: int, path: str, body: bytes, left_s: float) -> dict[str, Any]:
-        """One request to one endpoint; once more with a new token where the old one was refused. Raises
-        TransportError, Faulted, ValueError."""
+        """One request to one endpoint; once more with a new token where the old one was refused. Waiting for a token
+        takes nothing from the time that the request has. Raises TransportError, Faulted, ValueError."""
         endpoint = self._endpoints[index]
-        deadline = loop_time() + min(self._settings.try_timeout_s, left_s)
-        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
+        over = loop_time() + left_s
+        # etcd renews without looking at the token: one that is lost must not cost the lease
+        headers = self._credentials.shown(gateway.HEADERS) if channel is Channel.RENEWAL else None
+        if headers is None:
+            headers = await self._credentials.authorized(gateway.HEADERS, endpoint, self._try_s(over))
         try:
-            return await self._posted(channel, endpoint, path, body, headers, deadline)
+            return await self._posted(channel, endpoint, path, body, headers, self._try_s(over))
         except Faulted as exc:
             if judge(exc.fault) is not Verdict.UNAUTHENTICATED or not self._credentials.can_renew:
                 raise
         self._credentials.forget(headers)
-        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, _left_until(deadline))
-        return await self._posted(channel, endpoint, path, body, headers, deadline)
+        headers = await self._credentials.authorized(gateway.HEADERS, endpoint, self._try_s(over))
+        return await self._posted(channel, endpoint, path, body, headers, self._try_s(over))
+
+    def _try_s(self, over: float) -> float:
+        """How long one try may take that begins now, in a call that is over then."""
+        return min(self._settings.try_timeout_s, _left_until(over))
 
     async def _posted(
-        self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float
+        self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> dict[str, Any]:
-        answer = await self._transport.post(channel, endpoint, path, body, headers, _left_until(deadline))
+        answer = await self._transport.post(channel, endpoint, path, body, headers, timeout_s)
         if answer.status != 200:
             raise Faulted(fault_of(answer.status, answer.body))
         # a renewal's answer is a stream of one

@@ -206,6 +206,12 @@ def renewed_ttl_s(raw: Mapping[str, Any]) -> int:
     return max(0, int_of(raw, "TTL"))
 
 
+def check_lease(raw: Mapping[str, Any], lease: int) -> None:
+    """Raises ValueError for an answer about another lease, which says nothing about this one, good or bad."""
+    if (answered := int_of(raw, "ID")) != lease:
+        raise ValueError(f"an answer about lease {answered:x} to a question about {lease:x}")
+
+
 def lease_keys(raw: Mapping[str, Any], lease: int) -> LeaseKeys | None:
     """None for a lease that does not exist: the server says TTL -1. A TTL that is left out is the last second."""
     ttl_s = int_of(raw, "TTL")

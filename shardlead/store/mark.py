@@ -36,7 +36,7 @@ class RevisionMark:
             raise CommandError(f"another embedded store uses {folder}: stop it or give another --data") from exc
         try:
             self.reserved = self._read()
-        except BaseException:
+        except CommandError:
             self.close()
             raise
 

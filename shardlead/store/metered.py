@@ -4,6 +4,7 @@ Law: it changes nothing: answers and errors pass as they are. Only what was deci
 write whose outcome is not known.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
@@ -96,7 +97,7 @@ class MeteredStore:
             raise
         except StoreRejected:
             raise
-        except BaseException:
+        except asyncio.CancelledError:
             result = "cancelled"
             raise
         else:

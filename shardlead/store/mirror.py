@@ -1,8 +1,9 @@
 """A followed range of the store: load, watch, resume, load again; whatever happens, its users see only changes.
 
-Law: protocol.md A.7. Pages of the load are pinned to one revision. A resume starts after the last applied *event*,
-never at a header's revision. A message is applied whole; per key the larger mod_revision stays. A load replaces the
-picture including removals, and is handed on as the difference. Nothing is safe because a mirror was quiet.
+Law: protocol.md A.7. Pages of the load are pinned to one revision. A resume starts *at* the last applied event, never
+at a header's revision, and never after that event: a store that was compacted meanwhile then says so. A message is
+applied whole; per key the larger mod_revision stays. A load replaces the picture including removals, and is handed on
+as the difference. Nothing is safe because a mirror was quiet.
 
 `Picture` decides and awaits nothing; `Mirror` awaits and decides nothing but when to try again.
 """
@@ -42,7 +43,7 @@ class Picture:
     """A range as known from loads and events. Pure; of events that are repeated, late or from the past (etcd before
     3.4.25 and 3.5.8, #15271) it takes those that are news of their key, and no others.
 
-    `revision` is the last applied one, for the next watch to begin after; it never goes back.
+    `revision` is the last applied one, for the next watch to begin at; it never goes back.
     """
 
     __slots__ = ("_floor", "_gone", "kvs", "revision")
@@ -218,13 +219,19 @@ class Mirror:
         self._loaded.set()
 
     async def _follow(self) -> None:
-        """Apply what the watch brings, until it ends; which is always an error, or a distrust."""
-        async with self._store.watch(self._key, self._range_end, self._picture.revision + 1) as batches:
+        """Apply what the watch brings, until it ends; which is always an error, or a distrust.
+
+        It begins at the revision that is known, not after it. A deletion right after it is gone from the store once
+        that was compacted at just this deletion's revision, and etcd before 3.4.36 and 3.5.18 then opens a watch from
+        there without a word (#19179); from one revision earlier every etcd says that it was compacted, and we load.
+        """
+        async with self._store.watch(self._key, self._range_end, self._picture.revision) as batches:
             try:
                 async with asyncio.timeout(None) as self._watch_bound:
                     async for batch in batches:
                         change = self._picture.apply(batch)
-                        self._fared_well()
+                        if change is not None or not batch.events:  # what was known already tells of no good watch
+                            self._fared_well()
                         if change is not None:
                             self._on_change(change)
             except TimeoutError:

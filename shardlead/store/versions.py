@@ -14,6 +14,7 @@ _END_OF_LIFE: Final = (3, 5, 0)
 
 # fixed in 3.4.x, 3.5.x, 3.6.x (0: never had it), and what goes wrong before
 _FAULTS: Final[tuple[tuple[int, int, int, str], ...]] = (
+    (20, 5, 0, "over TLS a member with 250 watches answers nothing else, renewals included (#14077)"),
     (25, 8, 0, "watch progress can overtake events (#15220) and watches travel back in time (#15271)"),
     (31, 13, 0, "a deposed leader acknowledges renewals and revokes living leases (#15247)"),
     (32, 14, 0, "revisions can go back after a crash (#17780)"),

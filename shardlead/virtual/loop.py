@@ -467,7 +467,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         task.add_done_callback(self._end_with)
         try:
             self.run_forever()
-        except BaseException:
+        except BaseException:  # as asyncio's own loop does
             if is_new and task.done() and not task.cancelled():
                 task.exception()  # so that it is not called unretrieved: the first failure is the one to see
             raise

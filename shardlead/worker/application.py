@@ -220,7 +220,7 @@ def load(spec: str, *, directory: Path | None = None, source: str = "argument MO
             allowed = f"there is no module {exc.name!r} in {folder} or on Python's path"
             raise ConfigError([Problem(source, FIELD, spec, allowed)]) from exc
         raise ConfigError([Problem(source, FIELD, spec, _import_failure(module_name, exc))]) from exc
-    except Exception as exc:
+    except Exception as exc:  # the application's module runs here, and may raise anything
         raise ConfigError([Problem(source, FIELD, spec, _import_failure(module_name, exc))]) from exc
     for part in name.split("."):
         if not hasattr(found, part):

@@ -33,6 +33,7 @@ from shardlead.worker.gate import AnswerCut, Gate, GuardedWriter
 from shardlead.worker.host import Host
 from shardlead.worker.serverlog import ServerLog
 from shardlead.worker.tenure import Tenure
+from shardlead.worker.tracebacks import Tracebacks, in_a_line
 from shardlead.worker.wire import (
     Call,
     announces_body,
@@ -42,6 +43,7 @@ from shardlead.worker.wire import (
     problem,
     read_call,
     refusal,
+    unreadable_body,
 )
 
 log = logging.getLogger("shardlead.http")
@@ -81,6 +83,7 @@ class Front:
         self._host = host
         self._application = application
         self._clock = clock
+        self._tracebacks = Tracebacks(clock)
         self._outcomes = {outcome: metrics.requests.labels(outcome) for outcome in OUTCOMES}
         self._duration = metrics.request_duration
         self._failures = metrics.application_failures.labels("handle")
@@ -195,6 +198,8 @@ class Front:
                 return await self._serve(request, gate, tenure, call)
             case Turned():
                 self._outcomes[verdict.reason].inc()
+                if self._host.audit is not None:
+                    self._host.audit.reject(call.shard, call.epoch, verdict.reason)
                 return await self._refuse(request, gate, refusal(call.shard, verdict))
             case _:
                 assert_never(verdict)
@@ -243,7 +248,7 @@ class Front:
         try:
             if call.expects_continue:
                 await gate.write_continue()
-            gate.guard(tenure.lead, self._settings.handle_need_s, tenure.tunnels.add)
+            gate.guard(tenure, self._settings.handle_need_s, started_ns)
             response = await self._handle(request, tenure)
             await self._send(response, request, gate)
         except (AnswerCut, LeadershipError) as exc:
@@ -261,7 +266,7 @@ class Front:
                     pass
             else:
                 raise
-        except Exception as exc:
+        except Exception as exc:  # the application's own code may raise anything; it costs it this answer
             failure = exc
         else:
             self._outcomes["answered"].inc()
@@ -308,18 +313,24 @@ class Front:
             self._outcomes["cancelled"].inc()
             return self._sent_last
         facts = {"shard": call.shard, "epoch": call.epoch, "method": request.method, "path": request.path}
-        if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
+        is_bad_body = isinstance(failure, web.RequestPayloadError)  # the client's fault, met by whoever read on
+        if failure is not None and not is_bad_body and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
-            log.error("application raised in handle", exc_info=failure, extra=facts)
+            exc_info = self._tracebacks.of(failure)
+            log.error("application raised in handle", exc_info=exc_info, extra={**facts, "reason": in_a_line(failure)})
+        asked_ns = self._clock.now_ns()
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
-            self._outcomes["application-error"].inc()
-            answer = application_error(call.shard)
+            gate.note_accepted(asked_ns)
+            self._outcomes["bad-request" if is_bad_body else "application-error"].inc()
+            answer = unreadable_body(call.shard) if is_bad_body else application_error(call.shard)
         elif request.method in contract.SAFE_METHODS:
             verdict = self._host.admission(call.shard, call.epoch)
             turned = verdict if isinstance(verdict, Turned) else Turned(Refused.SUSPENDED, call.epoch)
+            gate.note_refused(turned.reason)
             self._outcomes[turned.reason].inc()
             answer = refusal(call.shard, turned)
         else:
+            gate.note_refused(contract.Problem.OUTCOME_UNKNOWN)
             self._outcomes["outcome-unknown"].inc()
             answer = outcome_unknown(call.shard, is_idempotent=self._application.idempotent)
         if gate.has_begun:

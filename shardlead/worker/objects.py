@@ -17,10 +17,12 @@ from shardlead.config import WorkerSettings
 from shardlead.core import ownership
 from shardlead.errors import EpochRegressed, Fenced, LeadershipError, LeadershipLost
 from shardlead.metrics import WorkerMetrics
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.entry import Entry
 from shardlead.worker.leadership import Guard, Leadership
 from shardlead.worker.tasks import Tasks
 from shardlead.worker.tenure import CANCELLED, Hosted, Tenure
+from shardlead.worker.tracebacks import Tracebacks, in_a_line
 
 log = logging.getLogger("shardlead.objects")
 
@@ -44,10 +46,13 @@ class Objects:
         *,
         fenced: bool,
         metrics: WorkerMetrics,
+        tracebacks: Tracebacks,
         executor: Executor | None,
         exit_process: Callable[[int], object],
+        audit: AuditLog | None = None,
     ) -> None:
         self._settings = settings
+        self._tracebacks = tracebacks
         self._worker = worker
         self._make = make
         self._report = report
@@ -56,15 +61,20 @@ class Objects:
         self._metrics = metrics
         self._executor = executor
         self._exit_process = exit_process
+        self._audit = audit
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._is_unfenced_told = False
+
+    def _log_failure(self, what: str, error: BaseException, facts: Mapping[str, object]) -> None:
+        log.error(what, exc_info=self._tracebacks.of(error), extra={**facts, "reason": in_a_line(error)})
 
     # --- opening ---
 
     def open(self, shard: int, entry: Entry, epoch: int, guard: Guard) -> None:
         """Begin a tenure under `epoch`: make its object and open it. Ends in Opened, FencedOff or Failed."""
+        trail = self._audit.lead(shard, epoch) if self._audit is not None else None
         lead = Leadership(shard, epoch, self._worker, guard, self._executor)
-        tenure = entry.tenure = Tenure(lead)
+        tenure = entry.tenure = Tenure(lead, trail)
         tenure.opening = self._tasks.begin(self._open_object(shard, entry, tenure), f"open {shard}")
 
     async def _open_object(self, shard: int, entry: Entry, tenure: Tenure) -> None:
@@ -82,7 +92,7 @@ class Objects:
             log.error("open() met an epoch from the future", extra={"shard": shard, "reason": str(exc)})  # noqa: TRY400  # one line
             event = ownership.Failed(str(exc))
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
-            log.exception("open() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("open() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"open() raised {type(exc).__name__}: {exc}")
         if isinstance(event, ownership.Failed):
             self._metrics.application_failures.labels("open").inc()
@@ -96,6 +106,8 @@ class Objects:
         tenure = entry.tenure
         assert tenure is not None, "serving has a tenure"
         assert tenure.application is not None, "serving has an opened object"
+        if tenure.trail is not None:
+            tenure.trail.serve()
         if self._fenced and not tenure.lead.has_barrier and not self._is_unfenced_told:
             self._is_unfenced_told = True
             log.warning(
@@ -111,15 +123,15 @@ class Objects:
         event: ownership.Event | None = None
         try:
             await tenure.application.run()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
             if _is_cancelled():
                 raise
-            log.exception("run() was cancelled from within", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("run() was cancelled from within", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed("run() was cancelled from within")
         except (Fenced, LeadershipLost) as exc:
             event = self._refused(entry, f"run() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
-            log.exception("run() failed", extra={"shard": shard, "epoch": tenure.lead.epoch})
+            self._log_failure("run() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
         finally:
             tenure.lead.note_end()
@@ -147,8 +159,8 @@ class Objects:
                     continue
                 try:
                     is_healthy = bool(application.healthy())
-                except (Exception, asyncio.CancelledError):  # the application's own code; raising is not healthy
-                    log.exception("healthy() failed", extra={"shard": shard})
+                except (Exception, asyncio.CancelledError) as exc:  # the application's own code; raising is not healthy
+                    self._log_failure("healthy() failed", exc, {"shard": shard})
                     is_healthy = False
                 strikes[shard] = 0 if is_healthy else strikes.get(shard, 0) + 1
                 if strikes[shard] >= HEALTH_STRIKES:
@@ -170,7 +182,7 @@ class Objects:
         """Cancel all its work, now. Ends in WorkEnded."""
         tenure = entry.tenure
         assert tenure is not None, "stopping has a tenure"
-        tenure.lead.revoke(reason)
+        tenure.revoke(reason)
         tenure.cancel()
         self._tasks.begin(self._stop(shard, entry, tenure), f"stop {shard}")
 
@@ -188,7 +200,7 @@ class Objects:
             return
         if tenure.running_count:
             log.warning("drain time is over, cancelling", extra={"shard": shard, "running": tenure.running_count})
-            tenure.lead.revoke("the drain time is over")
+            tenure.revoke("the drain time is over")
             tenure.cancel()
         elif tenure.run_task is not None:
             tenure.run_task.cancel()
@@ -219,7 +231,7 @@ class Objects:
         application = tenure.application
         if application is not None:
             await self._close_object(shard, entry, tenure, application)
-        tenure.lead.revoke("closed")
+        tenure.revoke("closed")
         if tenure.lead.threads and entry.is_clean:  # of open() or close(); others have been waited for
             entry.is_clean = await self._wait_ended(shard, tenure)
         if entry.tenure is tenure and isinstance(entry.state, ownership.Closing):
@@ -235,8 +247,8 @@ class Objects:
         except LeadershipError as exc:
             log.info("close() found its leadership over", extra={**facts, "reason": str(exc)})
             return
-        except Exception:  # the application's own code may raise anything
-            log.exception("close() failed", extra=facts)
+        except Exception as exc:  # the application's own code may raise anything
+            self._log_failure("close() failed", exc, facts)
         self._metrics.application_failures.labels("close").inc()
 
     async def _call(self, shard: int, entry: Entry, work: Coroutine[object, object, None], timeout_s: float) -> bool:

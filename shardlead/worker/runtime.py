@@ -42,6 +42,7 @@ from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
 from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Application, Factory
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.host import Host
 from shardlead.worker.http import Front
 from shardlead.worker.steward import Steward
@@ -51,6 +52,7 @@ log = logging.getLogger("shardlead.worker")
 
 REJOIN_S: Final = 0.2  # first pause before a session is opened again after a failure; doubles
 REJOIN_MAX_S: Final = 2.0
+STORE_AWAY_S: Final = 3.0  # a stop that has lost its store waits so long for it: an etcd leader change takes 1 to 3 s
 SOUND_SESSION_S: Final = 2.0  # a session that lasts so long is followed by the next at once
 
 
@@ -123,6 +125,7 @@ class Worker:
         self._front: Front | None = None
         self._factory: Factory | None = None
         self._session: Session | None = None
+        self._audit: AuditLog | None = None
         self._stopping = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -151,7 +154,7 @@ class Worker:
     async def __aenter__(self) -> "Worker":
         try:
             await self._enter()
-        except BaseException:
+        except BaseException:  # cancelled, too: without __aenter__ nobody calls __aexit__, and a port is open by now
             await self._stack.aclose()
             raise
         return self
@@ -209,14 +212,20 @@ class Worker:
         if host is None:
             raise NotLeading(-1, epoch, reason="the worker has not started")
         shard = host.shard_of(key.encode() if isinstance(key, str) else key)
+        asked_ns = self._clock.now_ns()
         verdict = host.admission(shard, epoch)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.worker.park_timeout_s):
                 while isinstance(verdict, Parked):
                     await host.changed(shard)
+                    asked_ns = self._clock.now_ns()
                     verdict = host.admission(shard, epoch)
+        if self._audit is not None and not isinstance(verdict, Admitted):
+            self._audit.reject(shard, epoch, verdict.reason if isinstance(verdict, Turned) else Refused.UNKNOWN)
         match verdict:
             case Admitted(tenure):
+                if tenure.trail is not None:
+                    tenure.trail.accept(asked_ns, asked_ns)
                 task = asyncio.current_task()
                 assert task is not None, "admit is entered within a task"
                 tenure.enter(task)
@@ -241,6 +250,9 @@ class Worker:
     async def _enter(self) -> None:
         settings = self._settings
         self._shape = await ensure_shape(self._store, self._keyspace, settings.cluster, self._explicit)
+        if settings.worker.audit_dir:  # once the store has answered: who tries to join again and again leaves no files
+            self._audit = AuditLog.open(settings.worker.audit_dir, self.name, self._clock)
+            self._stack.callback(self._audit.close)
         self._factory = await self._stack.enter_async_context(self._application.factory())
         self._host = await self._stack.enter_async_context(
             Host(
@@ -253,6 +265,7 @@ class Worker:
                 rng=self._rng,
                 metrics=self._metrics,
                 exit_process=self._exit_process,
+                audit=self._audit,
             )
         )
         self._front = Front(
@@ -333,6 +346,8 @@ class Worker:
             metrics=self._metrics,
         )
         self._session = session
+        if self._audit is not None:
+            self._audit.begin_session(session)
         host.envoy = steward
         self._metrics.set_session_state("active")
         work = asyncio.create_task(steward.run(), name=f"steward {session.sid}")
@@ -366,7 +381,8 @@ class Worker:
             session.lose(f"its work failed: {error}")
         self._metrics.sessions_lost.labels("lost").inc()
         self._host.lose_all("the session is lost")
-        is_idle = await self._wait_idle(self._settings.worker.cancel_grace_s + self._settings.worker.close_timeout_s)
+        worker = self._settings.worker
+        is_idle = await self._host.wait_idle(worker.cancel_grace_s + worker.close_timeout_s)
         if is_idle or self._host.fenced:
             await session.close()
         if self._will is not None:
@@ -385,9 +401,10 @@ class Worker:
         if session.record is not None:
             await session.announce(replace(session.record, state="draining"))
         steward.drain((self._clock.now_ns() - began_ns) / NS_PER_S)
-        is_idle = await self._wait_idle(worker.shutdown_timeout_s, until=work)
-        if not is_idle:
-            log.error("not everything could be handed over in time", extra={"worker": self.name})
+        if not await self._handed_over(session, work):
+            reason = "the store is away" if not session.is_active else "the time allowed is over"
+            facts = {"worker": self.name, "reason": reason}
+            log.error("leaving with shards not handed over; they are led again once the lease has ended", extra=facts)
             return False
         await self._front.stop_accepting()
         await self._front.linger(worker.linger_s)
@@ -398,18 +415,25 @@ class Worker:
         log.info("left", extra={"worker": self.name})
         return True
 
-    async def _wait_idle(self, timeout_s: float, until: asyncio.Task[None] | None = None) -> bool:
-        """Whether the host led and ran nothing any more within so long."""
-        assert self._host is not None, "comes after the start"
-        idle = asyncio.create_task(self._host.wait_idle(timeout_s), name="wait idle")
+    async def _handed_over(self, session: Session, work: asyncio.Task[None]) -> bool:
+        """Whether nothing is led and nothing runs any more, within the time allowed.
+
+        A store that is away for long ends the wait as well. Nothing has been served since the session's deadline, so
+        that all that could still be handed over is time: the parent's, to give the lease back before both are killed.
+        """
+        assert self._host is not None, "leaving comes after the start"
+        idle = asyncio.create_task(self._host.wait_idle(self._settings.worker.shutdown_timeout_s), name="wait idle")
+        away = asyncio.create_task(session.suspended_for(STORE_AWAY_S), name="store away")
         try:
-            if until is not None:
-                await asyncio.wait({idle, until}, return_when=asyncio.FIRST_COMPLETED)
-                if until.done():
-                    self._host.lose_all("the session is lost")
+            await asyncio.wait({idle, away, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                self._host.lose_all("the session is lost")
+            elif away.done():
+                return self._host.is_idle
             return await idle
         finally:
             idle.cancel()
+            away.cancel()
 
     async def _sleep_unless_stopping(self, pause_s: float) -> None:
         with contextlib.suppress(TimeoutError):

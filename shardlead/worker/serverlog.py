@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 
 class ServerLog(logging.LoggerAdapter[logging.Logger]):
@@ -15,8 +16,9 @@ class ServerLog(logging.LoggerAdapter[logging.Logger]):
 
     def exception(self, msg: object, *args: object, exc_info: Any = True, **kwargs: Any) -> None:
         """As a logger's, but for what the peer did wrong."""
-        if isinstance(exc_info, HttpProcessingError):
-            reason = " ".join(exc_info.message.split())[:200]
+        if isinstance(exc_info, HttpProcessingError | RequestPayloadError):  # its head; what was left of its body
+            text = exc_info.message if isinstance(exc_info, HttpProcessingError) else str(exc_info)
+            reason = " ".join(text.split())[:200]
             self.logger.info("a request could not be read", extra={"peer": args[0] if args else "", "reason": reason})
         else:
             super().exception(msg, *args, exc_info=exc_info, **kwargs)

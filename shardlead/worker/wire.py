@@ -141,7 +141,8 @@ def problem(
     }
     if shard is not None:
         body["shard"] = shard
-    return web.Response(status=status, body=orjson.dumps(body), content_type=contract.PROBLEM_JSON, headers=headers)
+    content = orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE)  # as the router's
+    return web.Response(status=status, body=content, content_type=contract.PROBLEM_JSON, headers=headers)
 
 
 def refusal(shard: int, turned: Turned) -> web.Response:
@@ -159,6 +160,12 @@ def refusal(shard: int, turned: Turned) -> web.Response:
 def application_error(shard: int) -> web.Response:
     """The application failed and its leadership stands. Nothing of the failure is told to a client."""
     return problem(500, contract.Problem.APPLICATION_ERROR, "the application failed; its log says why", shard=shard)
+
+
+def unreadable_body(shard: int) -> web.Response:
+    """The client's body is not what its head announces: a content coding that it has not, or broken chunks."""
+    detail = "the body cannot be read as its Content-Encoding and length say"
+    return problem(400, contract.Problem.BAD_REQUEST, detail, shard=shard)
 
 
 def outcome_unknown(shard: int, *, is_idempotent: bool) -> web.Response:

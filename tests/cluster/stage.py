@@ -31,19 +31,28 @@ LEASE = LeaseSettings(ttl_s=5, renew_interval_s=0.5, margin_s=0.5)
 class SteppedClock(SystemClock):
     """The machine's clock, which a test may push forward as a pause of the process would."""
 
-    __slots__ = ("ahead_ns",)
+    __slots__ = ("ahead_ns", "asleep_ns")
 
     def __init__(self) -> None:
         self.ahead_ns = 0
+        self.asleep_ns = 0
 
     def now_ns(self) -> int:
         return super().now_ns() + self.ahead_ns
+
+    def awake_ns(self) -> int:
+        return super().awake_ns() + self.ahead_ns - self.asleep_ns
 
     def wall_s(self) -> float:
         return super().wall_s() + self.ahead_ns / NS_PER_S
 
     def jump(self, seconds: float) -> None:
         self.ahead_ns += int(seconds * NS_PER_S)
+
+    def sleep(self, seconds: float) -> None:
+        """As `jump`, by a machine that was suspended."""
+        self.asleep_ns += int(seconds * NS_PER_S)
+        self.jump(seconds)
 
 
 class Stage:

@@ -103,6 +103,23 @@ def test_the_guard_is_false_at_once_after_a_pause_and_true_again_only_when_confi
     on_stage(scene)
 
 
+def test_a_machine_that_was_suspended_doubts_its_lease(on_stage: Play, caplog: pytest.LogCaptureFixture) -> None:
+    """For far less than the lease: the kernel knows only roughly how long it was, so a renewal and T3 say what holds;
+    the log says why."""
+
+    async def scene(stage: Stage) -> None:
+        session = (await stage.actor("w1")).session
+        watched = Watched(session)
+        stage.clock.sleep(0.3)
+        assert isinstance(await watched.next(), Suspended)
+        assert isinstance(await watched.next(), Active)
+        await watched.end()
+
+    on_stage(scene)
+    (record,) = [record for record in caplog.records if record.message == "session suspended"]
+    assert vars(record)["reason"] == "this machine was suspended for about 0.30 s"
+
+
 def test_a_refuted_session_is_lost_for_good(on_stage: Play) -> None:
     """T3 says that the record is not ours."""
 

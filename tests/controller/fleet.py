@@ -46,6 +46,9 @@ class Fleet:
         self._changed = asyncio.Event()  # for `until`
         self._work = asyncio.Event()  # for `hands`; an event that two wait for and clear loses wakings
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # What was read once, for `until` looks at all of it after every change, on the loop that renews all leases.
+        self._places: dict[bytes, Place | None] = {}
+        self._records: dict[bytes, tuple[int, Record]] = {}
         prefix = keyspace.prefix
         self.mirror = Mirror(
             store, prefix, prefix_end(prefix), self._on_change, clock=self.clock, rng=self.rng, name="test"
@@ -72,10 +75,19 @@ class Fleet:
     def _read(self, kind: str, record: type[R]) -> Iterator[tuple[Place, R]]:
         """The readable records of a kind."""
         for key, kv in self.mirror.kvs.items():
-            place = self.keyspace.parse(key)
-            if place is not None and place.kind == kind:
-                with contextlib.suppress(KeyspaceError):
-                    yield place, decode(record, key, kv.value)
+            if key not in self._places:
+                self._places[key] = self.keyspace.parse(key)
+            place = self._places[key]
+            if place is None or place.kind != kind:
+                continue
+            known = self._records.get(key)
+            if known is None or known[0] != kv.mod_revision:
+                try:
+                    known = self._records[key] = (kv.mod_revision, decode(record, key, kv.value))
+                except KeyspaceError:
+                    continue
+            assert isinstance(known[1], record)
+            yield place, known[1]
 
     def counts(self) -> dict[str, int]:
         led = Counter(self.leaders().values())

@@ -1,5 +1,6 @@
 """Whatever stands in the store: it is read, or refused by name; nobody who reads it fails, waits or forgets."""
 
+import dataclasses
 import random
 from typing import Any
 
@@ -49,54 +50,52 @@ FIELDS = tuple(
 EXTRA = st.dictionaries(
     st.sampled_from(("colour", "extra", "été", "")), json_values(("a", "b")).filter(lambda value: value is not None)
 )
+FIELDS_OF: dict[type[Record], dict[str, st.SearchStrategy[Any]]] = {
+    Meta: {
+        "cluster": TEXT,
+        "shards": st.integers(1, SHARDS_MAX),
+        "slot_count": st.sampled_from((16, 16_384, 524_288)),
+        "seed": INT64,
+        "ring_crc": st.integers(0, 2**32 - 1),
+        "generation": st.integers(0, 31),
+        "protocol": INT64,
+        "hash_tags": st.booleans(),
+    },
+    WorkerRecord: {
+        "sid": TEXT,
+        "address": TEXT,
+        "pid": INT64,
+        "zone": TEXT,
+        "capacity": st.floats(0.001, 1_000),
+        "version": TEXT,
+        "state": st.sampled_from(("up", "draining")),
+        "drain_timeout_s": SECONDS,
+        "idempotent": st.booleans(),
+        "fenced": st.booleans(),
+        "admin": TEXT,
+    },
+    LeaderRecord: {"worker": TEXT, "sid": TEXT},
+    History: {
+        "worker": TEXT,
+        "sid": TEXT,
+        "since": SECONDS,
+        "reason": TEXT,
+        "clean": st.booleans(),
+        "short_tenures": INT64,
+        "ended": st.booleans(),
+        "previous": st.lists(st.builds(PastLeader, TEXT, INT64, SECONDS), max_size=3).map(tuple),
+        "tick": INT64,
+        "ttl_s": SECONDS,
+    },
+    Assignment: {"order": st.lists(NAMES, max_size=4).map(tuple), "reason": TEXT},
+    Eviction: {"sid": TEXT, "by": TEXT, "reason": TEXT},
+    Offer: {"sid": TEXT, "by": TEXT, "reason": TEXT, "handoff": st.booleans(), "clean": st.booleans()},
+    Want: {"target": TEXT, "target_sid": TEXT, "target_lease": INT64, "epoch_seen": INT64, "reason": TEXT},
+    Wish: {"by": TEXT, "reason": TEXT, "worker": TEXT},
+    Tick: {"n": INT64},
+}
 KINDS: dict[type[Record], st.SearchStrategy[Any]] = {
-    Meta: st.builds(
-        Meta,
-        TEXT,
-        st.integers(1, SHARDS_MAX),
-        st.sampled_from((16, 16_384, 524_288)),
-        INT64,
-        st.integers(0, 2**32 - 1),
-        st.integers(0, 31),
-        INT64,
-        st.booleans(),
-        extra=EXTRA,
-    ),
-    WorkerRecord: st.builds(
-        WorkerRecord,
-        TEXT,
-        TEXT,
-        INT64,
-        TEXT,
-        st.floats(0.001, 1_000),
-        TEXT,
-        st.sampled_from(("up", "draining")),
-        SECONDS,
-        st.booleans(),
-        st.booleans(),
-        TEXT,
-        extra=EXTRA,
-    ),
-    LeaderRecord: st.builds(LeaderRecord, TEXT, TEXT, extra=EXTRA),
-    History: st.builds(
-        History,
-        TEXT,
-        TEXT,
-        SECONDS,
-        TEXT,
-        st.booleans(),
-        INT64,
-        st.booleans(),
-        st.lists(st.builds(PastLeader, TEXT, INT64, SECONDS), max_size=3).map(tuple),
-        SECONDS,
-        extra=EXTRA,
-    ),
-    Assignment: st.builds(Assignment, st.lists(NAMES, max_size=4).map(tuple), TEXT, extra=EXTRA),
-    Eviction: st.builds(Eviction, TEXT, TEXT, TEXT, extra=EXTRA),
-    Offer: st.builds(Offer, TEXT, TEXT, TEXT, st.booleans(), st.booleans(), extra=EXTRA),
-    Want: st.builds(Want, TEXT, TEXT, INT64, INT64, TEXT, extra=EXTRA),
-    Wish: st.builds(Wish, TEXT, TEXT, TEXT, extra=EXTRA),
-    Tick: st.builds(Tick, INT64, extra=EXTRA),
+    kind: st.builds(kind, extra=EXTRA, **drawn) for kind, drawn in FIELDS_OF.items()
 }
 RECORDS: st.SearchStrategy[Record] = st.one_of(*KINDS.values())
 PLACES = st.one_of(
@@ -131,8 +130,10 @@ def key_of(place: Place) -> bytes:
 
 
 def test_every_kind_of_record_is_drawn() -> None:
-    """A new kind of record joins these tests."""
+    """A new kind of record joins these tests, and so does a new field."""
     assert set(KINDS) == set(RECORD_OF.values())
+    for kind, drawn in FIELDS_OF.items():
+        assert {field.name for field in dataclasses.fields(kind)} == {"extra", *drawn}
 
 
 @examples(200)

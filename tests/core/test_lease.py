@@ -1,10 +1,11 @@
 """Deadline arithmetic: all TTLs, drifts and orders of events."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlead.core import lease
-from shardlead.core.lease import NS_PER_S, Active, Lost, State, Suspended, Terms
+from shardlead.core.lease import NS_PER_S, Active, Lost, Readings, State, Suspended, Terms
 
 TERMS = Terms(drift=0.01, margin_s=0.5)
 times_ns = st.integers(min_value=0, max_value=10**15)
@@ -71,6 +72,29 @@ def test_what_was_sent_before_a_doubt_does_not_end_it() -> None:
     assert isinstance(renewed, Suspended)
     again = lease.doubted(renewed, 5 * NS_PER_S)
     assert isinstance(lease.confirmed(again, renewed.renewed_until_ns, 6 * NS_PER_S), Suspended)
+
+
+@pytest.mark.parametrize(
+    ("boot_ms", "awake_ms", "wall_ms", "says"),
+    [
+        (500, 500, 500, ""),
+        (500, 451, 500, ""),
+        (500, 449, 500, "suspended"),
+        (60_000, 500, 60_000, "suspended"),
+        (500, 500, 749, ""),
+        (500, 500, 751, "wall clock ran ahead by 0.25 s"),
+        (500, 500, -60_000, ""),  # somebody set it back
+        (60_000, 60_000, 60_000, ""),  # a pause of the process alone: every clock has gone on
+    ],
+)
+def test_clocks_that_disagree_are_an_alarm(boot_ms: int, awake_ms: int, wall_ms: int, says: str) -> None:
+    """More than 50 ms of suspended time, and a wall clock that ran ahead by more than 250 ms; nothing else."""
+    before = Readings(7_000_000, 5_000_000, 10**18)
+    ms = 1_000_000
+    after = Readings(before.boot_ns + boot_ms * ms, before.awake_ns + awake_ms * ms, before.wall_ns + wall_ms * ms)
+    said = lease.alarm(before, after)
+    assert says in said
+    assert bool(says) == bool(said)
 
 
 steps = st.lists(

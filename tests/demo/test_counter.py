@@ -65,6 +65,7 @@ async def ask(client: Client, method: str, path: str, key: str = "", body: bytes
     headers = {"Idempotency-Key": key} if key else {}
     async with client.request(method, URL(path, encoded=True), headers=headers, data=body) as answer:
         assert answer.status == 200, await answer.text()
+        assert (await answer.read()).endswith(b"}\n"), "for whoever reads it in a terminal"
         return await answer.json()
 
 

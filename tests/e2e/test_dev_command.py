@@ -58,10 +58,13 @@ class Terminal:
 
 
 @contextlib.asynccontextmanager
-async def dev(folder: Path, *words: str, port: int | None = None) -> AsyncIterator[Terminal]:
+async def dev(
+    folder: Path, *words: str, port: int | None = None, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[Terminal]:
     """Start it, wait until it welcomes, end it whatever happens."""
     port = free_port() if port is None else port
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder / "run"), "XDG_CACHE_HOME": str(folder / "cache")}
+    own = {"XDG_RUNTIME_DIR": str(folder / "run"), "XDG_CACHE_HOME": str(folder / "cache"), **(variables or {})}
+    environment = {**os.environ, **own}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "shardlead", "dev", "--port", str(port), *words),
         stdout=asyncio.subprocess.PIPE,
@@ -175,6 +178,56 @@ def test_counts_outlive_the_command_in_a_data_folder(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_the_printed_line_starts_one_worker_more(tmp_path: Path) -> None:
+    """It joins under the others' lease time-out, takes its share of the shards and serves the same counts; Ctrl-C in
+    its own terminal takes them back."""
+
+    async def story() -> None:
+        async with dev(tmp_path, "--workers", "1", "--shards", "8", "--ttl", "4") as terminal:
+            at = terminal.lines.index("  # one worker more:")
+            other = await asyncio.create_subprocess_shell(
+                f"exec env {terminal.lines[at + 1].strip()}",
+                stderr=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                env=terminal.environment,
+                start_new_session=True,
+            )
+            try:
+                await terminal.shows("w1 4   w2 4")
+                answers = [await post(f"{terminal.url}/counters/{number}") for number in range(20)]
+                assert {(status, body["worker"]) for status, body in answers} == {(200, "w1"), (200, "w2")}
+                other.send_signal(signal.SIGINT)
+                async with asyncio.timeout(STOP_S):
+                    _, said = await other.communicate()
+                assert other.returncode == 0, said
+                assert b"ttl_s=4" in said
+                await terminal.shows("w1 8")
+            finally:
+                watchdog.end([other.pid] if other.returncode is None else [])
+                await other.wait()
+
+    asyncio.run(story())
+
+
+def test_a_home_that_cannot_be_written_costs_the_finding_alone(tmp_path: Path) -> None:
+    """The cluster works, and says with what the other commands find it."""
+    file = tmp_path / "file"
+    file.touch()
+    nowhere = {"XDG_RUNTIME_DIR": str(file), "XDG_CACHE_HOME": str(file)}
+
+    async def story() -> None:
+        async with dev(tmp_path, "--workers", "1", variables=nowhere) as terminal:
+            assert (await post(f"{terminal.url}/counters/alice"))[0] == 200
+            found = re.search(
+                r"other commands cannot find this cluster and need (--store \S+ --cluster dev)", terminal.text
+            )
+            assert found is not None
+            code, out, _ = await other_terminal(terminal, tmp_path, "workers", "--json", *found[1].split(" "))
+            assert (code, len(orjson.loads(out))) == (0, 1)
+
+    asyncio.run(story())
+
+
 def test_a_killed_dev_leaves_nothing_running(tmp_path: Path) -> None:
     """kill -9 on the command itself: all its processes end, and the next command does not see it any more."""
 
@@ -192,7 +245,7 @@ def test_a_killed_dev_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def test_an_application_that_cannot_run_is_told(tmp_path: Path) -> None:
-    """A worker that cannot start ends the command with 1 and the worker's own words."""
+    """A worker that cannot start ends the command with the worker's own words and exit code: 2 for a wrong name."""
 
     async def story() -> None:
         process = await asyncio.create_subprocess_exec(
@@ -203,7 +256,7 @@ def test_an_application_that_cannot_run_is_told(tmp_path: Path) -> None:
         )
         async with asyncio.timeout(STOP_S):
             out, _ = await process.communicate()
-        assert process.returncode == 1
+        assert process.returncode == 2
         assert "no.such" in out.decode()
 
     asyncio.run(story())

@@ -21,7 +21,7 @@ from typing import Any, Final
 import orjson
 import pytest
 
-from shardlead import parent
+from shardlead import parent, watchdog
 from tests.parent.actor import Facts, Plan
 from tests.support.etcd import KINDS, EtcdCluster, etcd_server
 
@@ -46,18 +46,27 @@ class Stage:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
 
-    def start(self, plan: Plan, *, prefix: Sequence[str] = ()) -> "Family":
-        """A parent with an actor, which has said its facts."""
+    def spawn(self, *, prefix: Sequence[str] = ()) -> "Family":
+        """A parent with an actor, which waits for its plan."""
         command = [*prefix, *parent.command_line([sys.executable, "-m", "tests.parent.actor"])]
         process = subprocess.Popen(
             command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         family = Family(process)
         self._stack.callback(family.clear_away)
+        return family
+
+    def start(self, plan: Plan, *, prefix: Sequence[str] = ()) -> "Family":
+        """A parent with an actor, which has said its facts."""
+        family = self.spawn(prefix=prefix)
+        process = family.process
         assert process.stdin is not None
         process.stdin.write(orjson.dumps(asdict(plan)) + b"\n")
         process.stdin.flush()
-        family.facts = Facts(**family.hear())
+        said = Facts(**family.hear())
+        # Pids of another name space mean strangers here, whom nobody may kill; they end with their PID 1.
+        family.facts = replace(said, pid=0, child=0) if prefix else said
+        family.inner_pid = said.pid
         return family
 
 
@@ -67,6 +76,7 @@ class Family:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         self.facts = Facts(0, 0)
+        self.inner_pid = 0  # the worker's in its own PID name space
         self._heard = b""
 
     def hear(self) -> Any:
@@ -93,11 +103,9 @@ class Family:
         return self.process.wait(WAIT_S)
 
     def clear_away(self) -> None:
-        for pid in (self.facts.child, self.facts.pid):
-            if pid > 1:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        self.process.kill()
+        """Kill what still lives of it, however far the test has come."""
+        alone = {self.facts.pid, self.facts.child} - {0}  # init's, if those above them are dead
+        watchdog.end(alone if self.process.poll() is not None else {*alone, self.process.pid})
         self.process.wait(WAIT_S)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert stream is not None
@@ -109,6 +117,39 @@ class Family:
 def stage() -> Iterator[Stage]:
     with ExitStack() as stack:
         yield Stage(stack)
+
+
+def born(pid: int) -> tuple[int, str]:
+    """A process and when it began, for numbers come again; no time if there is none."""
+    done = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10, check=False
+    )
+    return pid, done.stdout.strip()
+
+
+@pytest.mark.parametrize("is_pid_1", [False, True])
+def test_nothing_outlives_its_test(is_pid_1: bool, request: pytest.FixtureRequest) -> None:
+    """However far it has come: parent, worker and what the worker has forked are gone, as PID 1 too."""
+    prefix = request.getfixturevalue("as_pid_1") if is_pid_1 else []
+    seen: set[tuple[int, str]] = set()
+
+    def see(process: "subprocess.Popen[bytes]") -> None:
+        seen.update(map(born, watchdog.members([process.pid])))
+
+    with ExitStack() as stack:
+        see(Stage(stack).start(Plan(fork=True, end="signals"), prefix=prefix).process)
+    with ExitStack() as stack:
+        mute = Stage(stack).spawn(prefix=prefix)  # its worker waits for a plan
+        wait_until(lambda: len(watchdog.members([mute.process.pid])) >= 2 + is_pid_1, "it does not come up")
+        see(mute.process)
+    with ExitStack() as stack:
+        orphan = Stage(stack).start(Plan(fork=True, end="signals"), prefix=prefix)
+        see(orphan.process)
+        orphan.process.kill()
+        orphan.end()
+    assert len(seen) >= 8
+    living = {row.pid for row in watchdog.table() if row.state not in "ZX"}
+    assert not seen & {born(pid) for pid, _ in seen if pid in living}
 
 
 class Registry:
@@ -225,7 +266,8 @@ def test_forked_children_hold_nothing_up(stage: Stage, store: Registry) -> None:
 @pytest.fixture
 def as_pid_1() -> list[str]:
     """What to put in front of a command to run it as PID 1 of a name space of its own."""
-    for command in (["unshare", "-pf", "--mount-proc"], ["unshare", "-Urpf", "--mount-proc"]):
+    for flags in ("-pf", "-Urpf"):
+        command = ["unshare", flags, "--mount-proc", "--kill-child"]  # all of it ends with the first process
         if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
             return command
     pytest.skip("this machine lets nobody unshare a PID name space")
@@ -234,8 +276,7 @@ def as_pid_1() -> list[str]:
 def test_as_pid_1_it_does_the_same(stage: Stage, store: Registry, as_pid_1: list[str]) -> None:
     """In a container: the worker is killed, the lease revoked, the exit code passed on."""
     family = stage.start(Plan(endpoints=(store.url,), fork=True, orphan=True, end="kill"), prefix=as_pid_1)
-    assert family.facts.pid == 2
-    family.facts = replace_pids(family.facts)
+    assert family.inner_pid == 2
     assert family.end() == 128 + signal.SIGKILL
     assert not store.is_alive(family.facts.leases[0])
 
@@ -243,7 +284,6 @@ def test_as_pid_1_it_does_the_same(stage: Stage, store: Registry, as_pid_1: list
 def test_as_pid_1_it_forwards_signals_and_reaps_orphans(stage: Stage, as_pid_1: list[str]) -> None:
     """PID 1 has no default actions and inherits every orphan: neither is a problem."""
     family = stage.start(Plan(orphan=True, end="signals"), prefix=as_pid_1)
-    family.facts = replace_pids(family.facts)
     (first,) = children_of(family.process.pid)
     wait_until(lambda: len(children_of(first)) == 1, "the orphan is still there, dead or alive")
     os.kill(first, signal.SIGTERM)
@@ -251,11 +291,6 @@ def test_as_pid_1_it_forwards_signals_and_reaps_orphans(stage: Stage, as_pid_1: 
     (worker,) = children_of(first)
     os.kill(worker, signal.SIGKILL)
     assert family.end() == 128 + signal.SIGKILL
-
-
-def replace_pids(facts: Facts) -> Facts:
-    """Without pids: those of another name space mean strangers here, and end with their PID 1."""
-    return replace(facts, pid=0, child=0)
 
 
 def children_of(pid: int) -> list[int]:

@@ -16,6 +16,7 @@ from shardlead.core.keyspace import decode
 from shardlead.core.model import LeaderRecord, Want, revision_of
 from shardlead.errors import KeyspaceError
 from tests.simulation.clients import Operation
+from tests.support import linearizable
 
 if TYPE_CHECKING:
     from tests.simulation.processes import WorkerProcess
@@ -360,53 +361,21 @@ AT_THE_END: Final = (
 def list_history_faults(operations: Sequence[Operation], final: Sequence[str]) -> list[str]:
     """Why this history of appends of unique words and reads of the whole list is not linearizable; [] if it is.
 
-    The list only grows, so that its final state is the one order in which the appends can have happened, and each
-    operation has one place in it: an append its own index, a read or an acknowledged append what it saw. The history
-    is linearizable exactly if all that was seen are prefixes, and no operation that ended before another began has
-    a later place than it. An operation whose outcome nobody knows stays open to the end.
+    What stands in the storage in the end is one read more, after all the others. What was refused is left out; an
+    operation whose outcome nobody knows stays open to the end.
     """
-    faults: list[str] = []
-    places = {word: index for index, word in enumerate(final)}
-    if len(places) != len(final):
-        faults.append(f"a word stands twice in {list(final)}")
-    placed: list[tuple[int, int, float, Operation]] = []  # twice the place, begin, end
-    for operation in operations:
-        seen = operation.seen
-        if seen is not None and tuple(seen) != tuple(final[: len(seen)]):
-            faults.append(f"{operation} saw {_shown(seen)}, which is no prefix of {_shown(final)}")
-            continue
-        if operation.word:
-            index = places.get(operation.word)
-            if operation.outcome == "ok":
-                if index is None:
-                    faults.append(f"{operation} was acknowledged and is lost")
-                    continue
-                if seen is None or not seen or seen[-1] != operation.word:
-                    faults.append(f"{operation} was acknowledged with {_shown(seen or ())}")
-            elif operation.outcome == "fail":
-                if index is not None:
-                    faults.append(f"{operation} stands in the list though it was refused")
-                continue
-            if index is None:
-                continue
-            end = operation.ended_ns if operation.outcome == "ok" else float("inf")
-            placed.append((2 * index + 2, operation.began_ns, end, operation))
-        elif seen is not None:
-            placed.append((2 * len(seen) + 1, operation.began_ns, operation.ended_ns, operation))
-    placed.sort(key=lambda each: each[0])
-    least_end: list[float] = [float("inf")] * (len(placed) + 1)
-    for index in range(len(placed) - 1, -1, -1):
-        least_end[index] = min(least_end[index + 1], placed[index][2])
-    following = 0
-    for place, began_ns, _, operation in placed:
-        while following < len(placed) and placed[following][0] <= place:
-            following += 1
-        if least_end[following] < began_ns:
-            later = min(placed[following:], key=lambda each: each[2])[3]
-            faults.append(f"{operation} began after {later} had ended, and has an earlier place")
-    return faults
-
-
-def _shown(words: Sequence[str]) -> str:
-    shown = [*words[:3], "…", *words[-3:]] if len(words) > 8 else list(words)
-    return f"[{' '.join(shown)}]"
+    history = [
+        linearizable.Operation(
+            what="append" if each.word else "read",
+            began_ns=each.began_ns,
+            ended_ns=each.ended_ns if each.outcome == "ok" else None,
+            word=each.word,
+            seen=each.seen if each.outcome == "ok" else None,
+            name=each.client,
+        )
+        for each in operations
+        if each.outcome != "fail"
+    ]
+    end_ns = 1 + max((max(each.began_ns, each.ended_ns or 0) for each in history), default=0)
+    history.append(linearizable.Operation("read", end_ns, end_ns, seen=tuple(final), name="the storage"))
+    return linearizable.faults(history, linearizable.Lists())

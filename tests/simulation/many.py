@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tests.simulation.run import Outcome, simulate
-from tests.simulation.scenarios import SCENARIOS
+from tests.simulation.scenarios import ALL, SCENARIOS
 
 SEEDS = 200
 SHOW_EVERY_S = 10.0
@@ -28,11 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests simulate", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many of each scenario ({SEEDS})")
     parser.add_argument("--first-seed", type=int, default=1, help="the first one (1)")
-    parser.add_argument("--scenario", choices=sorted(SCENARIOS), action="append", help="only this one; may be repeated")
+    parser.add_argument("--scenario", choices=sorted(ALL), action="append", help="only this one; may be repeated")
+    parser.add_argument("--all", action="store_true", help="all scenarios, not only the five of every check")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many processes")
     parser.add_argument("--trace", action="store_true", help="print what happened, in full")
     asked = parser.parse_args(arguments)
-    names = asked.scenario or list(SCENARIOS)
+    names = asked.scenario or list(ALL if asked.all else SCENARIOS)
     jobs = [(name, seed) for seed in range(asked.first_seed, asked.first_seed + asked.seeds) for name in names]
     if asked.trace:
         return _traced(jobs)

@@ -287,6 +287,7 @@ DECODERS: list[Callable[[dict[str, Any]], object]] = [
     gateway.txn_outcome,
     gateway.grant_result,
     gateway.renewed_ttl_s,
+    lambda raw: gateway.check_lease(raw, 7),
     lambda raw: gateway.lease_keys(raw, 1),
     gateway.token_of,
     gateway.version_of,

@@ -322,13 +322,13 @@ def _followed(store: ScriptedStore, until: Callable[[Mirror], bool]) -> tuple[Mi
     return asyncio.run(main())
 
 
-def test_a_break_resumes_after_the_last_event() -> None:
-    """Not after the header's revision, and without reading again."""
+def test_a_break_resumes_at_the_last_event() -> None:
+    """Not at the header's revision, and without reading again."""
     store = ScriptedStore()
     store.reads = [_page(10, _kv(b"k1", 9))]
     store.watches = [[_put(b"k2", 12), StoreUnavailable("cut")], [_put(b"k3", 13)]]
     _mirror, follower = _followed(store, lambda mirror: mirror.revision == 13)
-    assert store.started == [11, 13]
+    assert store.started == [10, 12]
     assert len(store.asked) == 1
     assert follower.kvs.keys() == {b"k1", b"k2", b"k3"}
 
@@ -341,7 +341,7 @@ def test_a_cancel_reads_everything_again(error: StoreError) -> None:
     store.watches = [[error]]
     _mirror, follower = _followed(store, lambda mirror: mirror.revision == 20)
     assert follower.changes[1] == Change(20, (_kv(b"k3", 15),), (_kv(b"k1", 8),), is_load=True)
-    assert store.started[0] == 11
+    assert store.started[0] == 10
 
 
 def test_pages_are_pinned_to_one_revision() -> None:
@@ -367,7 +367,7 @@ def test_a_read_from_the_past_is_not_taken() -> None:
 
 
 def test_a_distrusted_watch_is_dropped_and_resumed_elsewhere() -> None:
-    """It resumes after what it has brought."""
+    """It resumes at what it has brought."""
     store = ScriptedStore()
     store.reads = [_page(10)]
     store.watches = [[_put(b"k1", 12), asyncio.Event()], [_put(b"k2", 14)]]
@@ -380,7 +380,7 @@ def test_a_distrusted_watch_is_dropped_and_resumed_elsewhere() -> None:
 
     _followed(store, until)
     assert store.rotations == ["a tick that it has not told"]
-    assert store.started == [11, 13]
+    assert store.started == [10, 12]
 
 
 def test_a_clean_end_is_no_end() -> None:
@@ -391,7 +391,7 @@ def test_a_clean_end_is_no_end() -> None:
     store.reads = [_page(10)]
     store.watches = [[ended], [_put(b"k1", 12)]]
     _followed(store, lambda mirror: mirror.revision == 12)
-    assert store.started == [11, 11]
+    assert store.started == [10, 10]
 
 
 def test_trouble_is_logged_once_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:

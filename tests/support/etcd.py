@@ -278,18 +278,30 @@ class EtcdCluster:
 
 @contextlib.contextmanager
 def etcd_server(
-    kind: str = "3.5", *, members: int = 1, tls: bool = False, extra_args: Sequence[str] = ()
+    kind: str = "3.5",
+    *,
+    members: int = 1,
+    tls: bool = False,
+    extra_args: Sequence[str] = (),
+    folder: Path | None = None,
+    peers: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[EtcdCluster]:
-    """A running etcd; `extra_args` go to every member ("--auth-token-ttl=2" and the like).
+    """A running etcd; `extra_args` go to every member ("--auth-token-ttl=2" and the like). Its data and logs go to
+    `folder`, which then stays; otherwise they go away. `peers` gives each member the port at which it listens for the
+    others and the one that it tells them, for who wants to stand between.
 
     Heartbeat and election time-out keep etcd's defaults (so the smallest lease is 2 s). etcd 3.5 does not fsync.
     """
     binary = etcd_binary(kind)
-    with tempfile.TemporaryDirectory(prefix="shardlead-etcd-", ignore_cleanup_errors=True) as folder:
-        root = Path(folder)
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="shardlead-etcd-", ignore_cleanup_errors=True))
+            )
+        root = folder
         files = make_tls(root / "tls") if tls else None
         for attempt in range(1, PORT_TRIES_MAX + 1):
-            cluster = _lay_out(binary, kind, root / str(attempt), members, files, extra_args)
+            cluster = _lay_out(binary, kind, root / str(attempt), members, files, extra_args, peers)
             try:
                 cluster.start()
             except AssertionError as exc:
@@ -308,22 +320,30 @@ def etcd_server(
 
 
 def _lay_out(
-    binary: Path, kind: str, root: Path, count: int, tls: Tls | None, extra_args: Sequence[str]
+    binary: Path,
+    kind: str,
+    root: Path,
+    count: int,
+    tls: Tls | None,
+    extra_args: Sequence[str],
+    peers: Sequence[tuple[int, int]] | None,
 ) -> EtcdCluster:
     root.mkdir(parents=True)
     ports = free_ports(2 * count)
+    peer_ports = peers or [(port, port) for port in ports[count:]]
     scheme = "http" if tls is None else "https"
     urls = [f"{scheme}://127.0.0.1:{port}" for port in ports[:count]]
-    peers = [f"http://127.0.0.1:{port}" for port in ports[count:]]
-    initial = ",".join(f"m{number}={peer}" for number, peer in enumerate(peers))
+    listening = [f"http://127.0.0.1:{port}" for port, _ in peer_ports]
+    told = [f"http://127.0.0.1:{port}" for _, port in peer_ports]
+    initial = ",".join(f"m{number}={peer}" for number, peer in enumerate(told))
     members = []
-    for number, (url, peer) in enumerate(zip(urls, peers, strict=True)):
+    for number, url in enumerate(urls):
         data = root / f"m{number}"
         command = [
             str(binary),
             *("--name", f"m{number}", "--data-dir", str(data), "--logger", "zap"),
             *("--listen-client-urls", url, "--advertise-client-urls", url),
-            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--listen-peer-urls", listening[number], "--initial-advertise-peer-urls", told[number]),
             *("--initial-cluster", initial, "--initial-cluster-token", root.parent.name),
         ]
         if kind != "3.4":

@@ -24,13 +24,14 @@ from shardlead.store.base import UNGUARDED, Committed, Delete, KeyValue, Op, Put
 from shardlead.store.etcd import EtcdStore
 from shardlead.store.gateway import TXN, b64
 from shardlead.store.mirror import Mirror
-from shardlead.store.transport import Answer, Channel, HttpTransport, Stream, TransportError
+from shardlead.store.transport import Answer, Channel, Stream, TransportError
 from shardlead.worker.application import Application
 from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import Worker
 from shardlead.worker.steward import Steward
 from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
+from tests.support.between import Between, Meddler
 
 BOUND_S = 25.0
 LOOK_S = 0.02
@@ -72,12 +73,14 @@ class Script:
     healthy: Callable[[Leadership], bool] | None = None
 
 
-class Fickle(HttpTransport):
+class Fickle(Between):
     """A transport that loses what a test tells it to lose: the request on its way, or the answer on its way back,
     or holds a request back so that it arrives when nobody waits for it any more."""
 
     def __init__(self, settings: StoreSettings, rng: random.Random) -> None:
         super().__init__(settings)
+        self.flow = asyncio.Event()  # while it is not set, nothing gets through, and no watch tells anything
+        self.flow.set()
         self.loss = 0.0  # share of the transactions that are lost, one way or the other
         self.held_back: dict[bytes, asyncio.Event] = {}  # watches that begin at this key tell nothing until it is set
         self._rng = rng
@@ -86,6 +89,8 @@ class Fickle(HttpTransport):
     async def post(
         self, channel: Channel, endpoint: str, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> Answer:
+        if not self.flow.is_set():
+            raise TransportError("the test's own fault: cut", is_sent=False)
         if path != TXN or self._rng.random() >= self.loss:
             return await super().post(channel, endpoint, path, body, headers, timeout_s)
         fate = self._rng.choice(("lost", "answer lost", "late"))
@@ -104,7 +109,7 @@ class Fickle(HttpTransport):
         for key, released in self.held_back.items():
             if b64(key) in body.decode():
                 return _HeldBack(stream, released)
-        return stream
+        return _HeldBack(stream, self.flow)
 
     async def _send_late(self, *request: Any) -> Answer:
         await asyncio.sleep(self._rng.uniform(0.0, 0.1))
@@ -410,11 +415,13 @@ class Scene:
         script: Script | None = None,
         *,
         held_back: Mapping[bytes, asyncio.Event] | None = None,
+        by: Mapping[str, Meddler] | None = None,
         **settings: Any,
     ) -> Player:
-        """A worker that is up."""
+        """A worker that is up. `by`: what a test does with its requests from the first one on (see `Between`)."""
         player = self.player(name, script, **settings)
         player.transport.held_back.update(held_back or {})
+        player.transport.by.update(by or {})
         entered = asyncio.Event()
 
         async def live() -> bool:

@@ -536,6 +536,32 @@ def test_what_an_application_raises_is_logged_and_not_shown(loop: str, caplog: p
     assert vars(record)["epoch"] == EPOCH
 
 
+def test_a_body_that_is_not_as_coded_is_the_clients_fault(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+    """400 bad-request for who reads it, the application's own answer for who does not; no traceback for either."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            stage.on("/reads")(echo)
+
+            @stage.on("/ignores")
+            async def ignores(lead: Leadership, request: web.Request) -> web.Response:
+                return web.Response(text="fine")
+
+            headers = {**words(), "Content-Encoding": "gzip"}
+            async with peer(stage) as router:
+                answer = await router.ask("POST", "/reads", headers, body=b"no gzip at all")
+                assert (answer.status, kind(answer)) == (400, "bad-request")
+                assert (stage.count("bad-request"), stage.count("application-error")) == (1, 0)
+            async with peer(stage) as router:
+                assert (await router.ask("POST", "/ignores", headers, body=b"no gzip at all")).body == b"fine"
+            await until(lambda: stage.front.open_connections == 0)
+            async with peer(stage) as router:
+                assert (await router.ask("POST", "/reads", body=b"1")).status == 200
+
+    play(loop, main())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_handlers_that_return_no_fresh_answer_are_application_errors(loop: str) -> None:
     """Nothing, a cancellation of their own, a response that was sent before: a 500, no broken or hanging connection."""
 

@@ -17,6 +17,7 @@ from shardlead.core.ownership import Due
 from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, WriteUnknown
 from shardlead.store.base import Delete, Put
 from shardlead.worker.leadership import Leadership
+from shardlead.worker.runtime import STORE_AWAY_S
 from tests.cluster.stage import SHARDS
 from tests.worker.scene import SHORT, Player, Scene, Script, play
 
@@ -244,6 +245,30 @@ def test_the_last_worker_gives_everything_up_and_leaves(on_scene: Play) -> None:
         await scene.settle()
         assert scene.leaders() == {}
         assert len(scene.said("close", "w1")) == len(FEW)
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_stop_without_a_store_ends_soon_after_its_deadline(on_scene: Play, is_back: bool) -> None:
+    """What cannot be handed over is closed and left to the lease's end; the rest of the time allowed would be waited
+    for nothing. A store that comes back in time still gets everything handed over."""
+
+    async def act(scene: Scene) -> None:
+        one, _ = await led_by_first(scene, "w1", "w2", lease=SHORT, shutdown_timeout_s=60.0)
+        loop = asyncio.get_running_loop()
+        one.transport.flow.clear()
+        began_s = loop.time()
+        one.worker.stop()
+        if is_back:
+            session = one.worker.session
+            assert session is not None
+            await scene.until(lambda: not session.is_active)
+            one.transport.flow.set()
+        assert await asyncio.wait_for(one.task, 15) == is_back
+        assert loop.time() - began_s < SHORT.ttl_s + STORE_AWAY_S + 3.0
+        assert len(scene.said("close", "w1")) == len(FEW)
+        await scene.until_serving("w2", *FEW)
 
     on_scene(act)
 
