@@ -199,10 +199,11 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """The transaction of `Passing` was applied (for a re-mint: with this new epoch)."""
+    """The transaction of `Passing` was applied (for a re-mint: with this new epoch; `must_wait` as in `Won`)."""
 
     new_epoch: int = 0
     is_active: bool = True
+    must_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,9 +354,7 @@ def _outside(state: Idle | Claiming, event: Event) -> Step:
                 Send(epoch, Resign("an epoch that was given up")),
             )
         case Won(epoch, is_active, must_wait):
-            if must_wait:
-                return Waiting(epoch), (Wait(),)
-            return _begin(epoch, is_active)
+            return _begin(epoch, is_active, must_wait)
         case ClaimLost() | Gone():
             return Idle(dead_epoch), ()  # a claim of a session that is over is over with it
         case Suspended() | Confirmed() | Wanted() | GivenUp() | Failed() | FencedOff():
@@ -364,7 +363,9 @@ def _outside(state: Idle | Claiming, event: Event) -> Step:
             raise AssertionError(f"{event} in {state}")
 
 
-def _begin(epoch: int, is_active: bool) -> Step:
+def _begin(epoch: int, is_active: bool, must_wait: bool = False) -> Step:
+    if must_wait:
+        return Waiting(epoch), (Wait(),)
     if is_active:
         return Opening(epoch), (Open(epoch),)
     return Paused(epoch, is_open=False), ()
@@ -468,10 +469,10 @@ def _ending(state: Draining | Stopping | Closing, event: Event) -> Step:
 def _passing(state: Passing, event: Event) -> Step:
     epoch, goal = state.epoch, state.goal
     match event:
-        case Passed(new_epoch, is_active):
+        case Passed(new_epoch, is_active, must_wait):
             if isinstance(goal, Remint):
                 assert new_epoch > epoch, f"re-mint of {epoch} gave {new_epoch}"
-                return _begin(new_epoch, is_active)
+                return _begin(new_epoch, is_active, must_wait)
             return Idle(epoch), ()
         case Refused(reason, may_keep):
             assert isinstance(goal, HandOver), f"{event} in {state}"

@@ -213,8 +213,8 @@ class Claims:
         return is_gone
 
     def former_wait_s(self, shard: int) -> float:
-        """TTL + delta of the lease that the former tenure stood on."""
-        ttl_s = self._former_ttl_s.get(shard, float(self._session.ttl_s))
+        """TTL + delta of the lease that the former tenure stood on; ours, if it was our own."""
+        ttl_s = max(self._former_ttl_s.get(shard, 0.0), float(self._session.ttl_s))
         return self._session.terms.foreign_wait_ns(ttl_s) / NS_PER_S
 
     def _won(self, shard: int, epoch: int, must_wait: bool) -> None:

@@ -363,7 +363,8 @@ class Host:
                 case PassedOn(new_epoch, leader):
                     self._note_end(entry, goal)
                     entry.leader = leader
-                    self.feed(shard, ownership.Passed(new_epoch, is_active=not self.is_suspended))
+                    must_wait = not self.fenced and not entry.is_clean
+                    self.feed(shard, ownership.Passed(new_epoch, not self.is_suspended, must_wait))
                 case NotPassed(reason):
                     log.info("handoff refused", extra={"shard": shard, "reason": reason})
                     self.feed(shard, ownership.Refused(reason, may_keep=not self.is_stopping))

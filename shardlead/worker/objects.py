@@ -3,7 +3,8 @@
 Law: design.md, Worker. An object is opened once and closed once; it may take its time, raise, or refuse to be
 cancelled, and costs its own shard only. Each step runs in a task and ends in one event, which is reported only while
 the shard still waits for it in that tenure. What is left running of a fenced class is storage's to refuse; of an
-unfenced one, nothing may be left (protocol.md A.4).
+unfenced one, nothing may be left (protocol.md A.4), and what was cancelled has not ended cleanly: what it has sent may
+still take effect, so whoever leads next waits, this worker too.
 """
 
 import asyncio
@@ -202,14 +203,33 @@ class Objects:
             log.warning("drain time is over, cancelling", extra={"shard": shard, "running": tenure.running_count})
             tenure.revoke("the drain time is over")
             tenure.cancel()
-        elif tenure.run_task is not None:
-            tenure.run_task.cancel()
-        entry.is_clean = await self._wait_ended(shard, tenure)
+            is_clean = False
+        else:
+            is_clean = await self._end_run(shard, tenure)
+        entry.is_clean = await self._wait_ended(shard, tenure) and (is_clean or self._fenced)
         if entry.tenure is tenure and isinstance(entry.state, ownership.Draining):
             self._report(shard, ownership.WorkEnded())
 
+    async def _end_run(self, shard: int, tenure: Tenure) -> bool:
+        """Cancel run(). Of an unfenced class it may first return by itself, as draining has begun; whether it has, or
+        there is none: a step of it that is cancelled in the middle may still take effect."""
+        task = tenure.run_task
+        if task is None:
+            return True
+        if not self._fenced:
+            await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
+            if task.done():
+                return True
+            log.warning(
+                "run() of an unfenced class was cancelled: the next leader waits before it serves; "
+                "let run() return when lead.draining is set",
+                extra={"shard": shard},
+            )
+        task.cancel()
+        return False
+
     async def _stop(self, shard: int, entry: Entry, tenure: Tenure) -> None:
-        entry.is_clean = await self._wait_ended(shard, tenure)
+        entry.is_clean = await self._wait_ended(shard, tenure) and self._fenced  # it was cancelled
         if entry.tenure is tenure and isinstance(entry.state, ownership.Stopping):
             self._report(shard, ownership.WorkEnded())
 
@@ -272,8 +292,8 @@ class Objects:
         task.cancel()
         _, late = await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
         if late:
-            entry.is_clean = False
             self._leave_behind(shard)
+        entry.is_clean = self._fenced and not late
         return False
 
 

@@ -91,7 +91,7 @@ def answers(command: Command, epoch: int, rng: random.Random) -> Event:
         case Send(_, HandOver()):
             return _one_of(rng, [Passed(), Refused("gone", rng.random() < 0.5), Gone("other")])
         case Send(_, Remint()):
-            return _one_of(rng, [Passed(epoch + 1, active), Gone("other")])
+            return _one_of(rng, [Passed(epoch + 1, active, must_wait=rng.random() < 0.3), Gone("other")])
         case Send():
             return _one_of(rng, [Passed(), Gone("other")])
         case _:

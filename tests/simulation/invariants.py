@@ -327,7 +327,8 @@ def no_request_fails(witness: "Witness") -> None:
 
 def quiet_is_kept(witness: "Witness", counts: Sequence[int], changes: int) -> None:
     """I15: with nothing going on, workers of equal capacity lead equal numbers of shards, one more or less, and then
-    no leadership moves."""
+    no leadership moves. (Where workers had to give up shards that they could not serve, evenness may wait for longer.)
+    """
     if max(counts) - min(counts) > 1:
         witness.fail("I15", f"leaderships are uneven though nothing goes on: {list(counts)}")
     if changes:

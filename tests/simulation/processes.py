@@ -18,9 +18,12 @@ from shardlead.cluster.session import Session
 from shardlead.cluster.view import View
 from shardlead.controller.controller import Controller
 from shardlead.core.keyspace import Keyspace
+from shardlead.core.routing import Happened
 from shardlead.core.shardmap import Delta
 from shardlead.errors import LeaseGone, ShardleadError, StoreError
 from shardlead.metrics import ControllerMetrics, WorkerMetrics
+from shardlead.router import dispatch as dispatching
+from shardlead.router.dispatch import Dispatch
 from shardlead.router.exchange import Exchange
 from shardlead.router.server import Router
 from shardlead.router.upstream import Upstream
@@ -142,7 +145,13 @@ class WorkerProcess:
         machine.on_crash.append(parent.worker_died)
         machine.on_crash.append(self._died)
         surroundings = Surroundings(
-            world.storage, world.manners, self.rng, ProcessWatch(world.witness, self), world.keys_of, self.crash
+            world.storage,
+            world.manners,
+            self.rng,
+            ProcessWatch(world.witness, self),
+            world.keys_of,
+            self.crash,
+            world.is_idempotent,
         )
 
         def make(lead: Any) -> Lists:
@@ -320,7 +329,8 @@ class RouterProcess:
 
 @contextlib.contextmanager
 def noting_sends(world: "World") -> Iterator[None]:
-    """While it lasts, the witness hears of each request that a router sends, with the epoch (I11)."""
+    """While it lasts, the witness hears of each request that a router sends, with the epoch, and of each larger epoch
+    that a worker's refusal tells a router (I11)."""
     send = Exchange.connected
 
     def noted(exchange: Exchange, connection: Upstream) -> None:
@@ -328,7 +338,15 @@ def noting_sends(world: "World") -> Iterator[None]:
         if exchange.connection is connection and exchange.leader is not None:
             world.witness.router_sends(world.loop.current.name, exchange.shard, exchange.leader.epoch)
 
-    with mock.patch.object(Exchange, "connected", noted):
+    turned_down = Dispatch.turned_down
+
+    def told(dispatch: Dispatch, exchange: Exchange, what: Happened, epoch: int, leader: bytes) -> None:
+        hint = dispatching._read_hint(leader)
+        router = world.loop.current.name
+        world.witness.router_saw(router, exchange.shard, max(epoch, hint.epoch if hint is not None else 0))
+        turned_down(dispatch, exchange, what, epoch, leader)
+
+    with mock.patch.object(Exchange, "connected", noted), mock.patch.object(Dispatch, "turned_down", told):
         yield
 
 

@@ -127,7 +127,7 @@ async def _live(world: World, nemesis: Nemesis, scenario: Scenario, outcome: Out
         invariants.whole_in_time(world.witness, limit_s, after_s if is_late else None, missing)
     outcome.whole_after_s = (world.loop.true_ns() - healed_ns) / NS_PER_S
     await asyncio.sleep(1.0)
-    if world.seed % QUIET_EVERY == 0:
+    if world.seed % QUIET_EVERY == 0 and not scenario.has_failures(nemesis.deeds):
         await world.be_quiet(SETTLE_S, QUIET_S)
     await world.finish()
     if scenario.never_fails:

@@ -1,7 +1,7 @@
 """The scenarios: which deeds a run may see, in which surroundings, and what it must hold besides the invariants."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -27,6 +27,14 @@ class Scenario:
     never_fails: bool = False  # not one request may fail
     heals_late_s: float = 0.0  # what it takes longer than the promise to be whole again, for a stated reason
     deeds_at_once: tuple[int, int] = (2, 5)  # how many kinds of deeds a run knows
+
+    def has_failures(self, deeds: Sequence[str]) -> bool:
+        """Whether workers may have to give up shards that they cannot serve; the controller then gives them no more for
+        a while, which is longer than a run."""
+        storage = self.setup.storage
+        return bool(
+            storage.late or storage.lost or storage.answer_lost or {"trouble_open", "trouble_storage"} & {*deeds}
+        )
 
     def chosen(self, rng: random.Random) -> tuple[str, ...]:
         """The deeds of one run."""
@@ -111,9 +119,15 @@ FURTHER: Final[Mapping[str, Scenario]] = {
         "A class whose storage refuses nobody: whoever follows an unclean end waits, and nothing is lost.",
         (
             *("kill", "lose_machine", "restart", "pause", "stall", "move", "drain", "cut_from_etcd", "lose_quorum"),
-            *("change_etcd_leader", "evict", "trouble_open"),
+            *("change_etcd_leader", "evict", "trouble_open", "set_wall_clock"),
         ),
-        Setup(fenced=False, drift=0.009, manners=Manners(slow=0.3), tolerated=frozenset()),
+        Setup(
+            fenced=False,
+            drift=0.009,
+            clients=5,
+            manners=Manners(slow=0.3, slow_s=2.5),  # some longer than a drain
+            storage=StorageFaults(slow=0.4),  # each takes effect within a second, however its sender has fared
+        ),
         heals_late_s=6.0,  # its wait: TTL + delta, twice where the one who waited ends, too
     ),
 }

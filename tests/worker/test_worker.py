@@ -19,7 +19,7 @@ from shardlead.store.base import Delete, Put
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import STORE_AWAY_S
 from tests.cluster.stage import SHARDS
-from tests.worker.scene import SHORT, Player, Scene, Script, play
+from tests.worker.scene import SHORT, Player, Scene, Script, Step, play
 
 Act = Callable[[Scene], Coroutine[Any, Any, None]]
 Play = Callable[[Act], None]
@@ -733,6 +733,63 @@ def test_a_wait_that_is_broken_off_leaves_the_wait_to_the_next_leader(on_scene: 
         history = decode(History, kv.key, kv.value)
         assert history.ended
         assert not history.clean
+
+    on_scene(act)
+
+
+def test_an_unfenced_class_waits_after_cancelled_work_whoever_leads_next(on_scene: Play) -> None:
+    """What was cancelled in the middle may still take effect: its successor waits, and so does the same worker under a
+    new epoch. Work that ended by itself, run() included, costs nothing."""
+
+    async def act(scene: Scene) -> None:
+        async def until_draining(lead: Leadership) -> None:
+            await lead.draining.wait()
+
+        async def on(_lead: Leadership) -> None:
+            await asyncio.Event().wait()
+
+        def script(run: Step | None) -> Script:
+            return Script(fenced=False, run=run)
+
+        settings: dict[str, Any] = {"lease": SHORT, "drain_timeout_s": 0.2}
+        one = await scene.start("w1", script(until_draining), **settings)
+        two = await scene.start("w2", script(None), **settings)
+        await scene.assign({0: ("w1", "w2"), 1: ("w1", "w2")})
+        await scene.until_serving("w1", 0, 1)
+        loop = asyncio.get_running_loop()
+        wait_s = SHORT.ttl_s + SHORT.margin_s
+
+        began_s = loop.time()
+        await scene.assign({0: ("w2", "w1")})
+        await scene.until_serving("w2", 0)
+        assert loop.time() - began_s < wait_s  # its run() returned
+
+        request = await endless(one, 1)
+        began_s = loop.time()
+        await scene.assign({1: ("w2", "w1")})
+        await scene.until(lambda: scene.leader(1) == "w2", within_s=1.0)
+        with pytest.raises(LeadershipLost):
+            await request
+        await scene.until_serving("w2", 1)
+        assert loop.time() - began_s >= wait_s
+
+        epoch = two.epoch(1)
+        request = await endless(two, 1)
+        assert two.worker.session is not None
+        began_s = loop.time()
+        two.worker.session.doubt("the test")
+        with pytest.raises(LeadershipLost):
+            await request
+        await scene.until(lambda: scene.is_serving("w2", 1) and two.epoch(1) > epoch)
+        assert loop.time() - began_s >= wait_s
+
+        one.script.run = on
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+        began_s = loop.time()
+        await scene.assign({0: ("w2", "w1")})
+        await scene.until_serving("w2", 0)
+        assert loop.time() - began_s >= wait_s  # its run() went on until it was cancelled
 
     on_scene(act)
 
