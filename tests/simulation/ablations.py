@@ -16,7 +16,7 @@ from shardlead.cluster.answers import Claimed, Done, Undecided
 from shardlead.cluster.election import Election
 from shardlead.cluster.leaders import Leaders
 from shardlead.cluster.session import Session
-from shardlead.core import contract, ownership
+from shardlead.core import contract, ownership, routing
 from shardlead.core import lease as lease_rules
 from shardlead.core.keyspace import encode
 from shardlead.core.lease import Active, Terms
@@ -24,13 +24,19 @@ from shardlead.core.model import LeaderRecord
 from shardlead.store import gateway
 from shardlead.store.base import Compare, Delete, Put, Range, Target, Txn
 from shardlead.store.etcd import EtcdStore
-from shardlead.store.mirror import Picture
+from shardlead.store.mirror import Mirror, Picture
 from shardlead.worker.claims import Claims
+from shardlead.worker.envoy import AskAgain, NotOurs
+from shardlead.worker.goals import Goals
 from shardlead.worker.host import Host
+from shardlead.worker.objects import Objects
 from shardlead.worker.proofs import Proofs
+from shardlead.worker.runtime import Worker
 from shardlead.worker.steward import Steward
+from shardlead.worker.tenure import Tenure
 from tests.simulation.misbehaviour import Misbehaviour
-from tests.simulation.scenarios import SCENARIOS, Scenario
+from tests.simulation.processes import WorkerProcess
+from tests.simulation.scenarios import FURTHER, SCENARIOS, Scenario
 from tests.simulation.service import Manners
 from tests.simulation.storage import StorageFaults
 from tests.simulation.transport import LinkFaults
@@ -78,6 +84,25 @@ ABA: Final = _harsh(
 )
 QUORUM: Final = _harsh(("lose_quorum",), Setup(storage=LATE_WRITES, clients=6), 4.0)
 LATE: Final = _harsh(("cut_from_etcd", "pause", "kill", "move", "drain"), Setup(storage=LATE_WRITES, manners=THINKING))
+
+SLUGGISH: Final = StorageFaults(slow=0.8)  # what was sent takes effect up to a second later
+BARE: Final = replace(
+    _harsh(
+        ("set_wall_clock", "evict"),
+        Setup(fenced=False, clients=10, manners=Manners(slow=0.0, background_s=0.5), storage=StorageFaults(slow=0.3)),
+        0.4,
+    ),
+    heals_late_s=6.0,
+)
+KILLS: Final = _harsh(("kill", "evict", "move"), Setup(clients=8, storage=replace(SLUGGISH, late=0.1)), 0.7)
+STUBBORN: Final = replace(
+    FURTHER["unfenced"],
+    setup=replace(FURTHER["unfenced"].setup, manners=Manners(slow=0.5, slow_s=2.5, stubborn=1.0, stubborn_s=6.0)),
+    mean_pause_s=1.5,
+    deeds_at_once=(6, 6),
+)
+RESETS: Final = _harsh(("reset_connections", "kill"), Setup(manners=THINKING, clients=6))
+OPERATIONS: Final = replace(SCENARIOS["operations"], deeds_at_once=(7, 7))
 
 
 # --- what is taken away ----------------------------------------------------------------------------------------------
@@ -260,6 +285,125 @@ def _late_refusal(_world: World) -> Any:
     return mock.patch.object(contract, "SAFE_METHODS", contract.SAFE_METHODS | {"POST"})
 
 
+# --- and of safeguards that protocol.md D.4 does not name ---
+
+
+def _no_foreign_wait(_world: World) -> Any:
+    return mock.patch.object(Claims, "former_wait_s", return_value=0.0)
+
+
+@contextlib.contextmanager
+def _cancelled_is_clean(_world: World) -> Iterator[None]:
+    """As if all work had ended by itself."""
+
+    async def ended(self: Objects, _shard: int, tenure: Any) -> bool:
+        await tenure.wait_ended(self._settings.cancel_grace_s)
+        self._fenced = True  # from here on it is judged as a fenced class is
+        return True
+
+    with mock.patch.object(Objects, "_wait_ended", ended):
+        yield
+
+
+def _refusal_is_forgiven(_world: World) -> Any:
+    """A handoff that was refused lets the leader go on under its epoch."""
+    shipped = ownership.step
+
+    def step(state: Any, event: Any) -> Any:
+        if isinstance(state, ownership.Passing) and isinstance(event, ownership.Refused) and event.may_keep:
+            return ownership.Opening(state.epoch), (ownership.Open(state.epoch),)
+        return shipped(state, event)
+
+    return mock.patch.object(ownership, "step", step)
+
+
+def _unknown_is_gone(_world: World) -> Any:
+    """A resignation or handoff of unknown outcome is taken for done."""
+    shipped = Goals.pass_on
+
+    async def pass_on(self: Goals, *args: Any, **options: Any) -> Any:
+        passage = await shipped(self, *args, **options)
+        return NotOurs("it must have been done") if isinstance(passage, AskAgain) else passage
+
+    return mock.patch.object(Goals, "pass_on", pass_on)
+
+
+def _epochs_rise_again(_world: World) -> Any:
+    """What was given up is not remembered as dead."""
+    shipped = ownership.step
+
+    def step(state: Any, event: Any) -> Any:
+        after, commands = shipped(state, event)
+        return (ownership.Idle() if isinstance(after, ownership.Idle) else after), commands
+
+    return mock.patch.object(ownership, "step", step)
+
+
+def _sent_twice(_world: World) -> Any:
+    """A broken connection counts as a request that was not processed."""
+    law = dict(routing.LAW)
+    law[routing.Happened.BROKEN] = replace(law[routing.Happened.BROKEN], again=routing.Again.ALWAYS)
+    return mock.patch.object(routing, "LAW", law)
+
+
+@contextlib.contextmanager
+def _loads_first(world: World) -> Iterator[None]:
+    world.manners.loads_first = True
+    yield
+
+
+def _no_cancel(_world: World) -> Any:
+    return mock.patch.object(Tenure, "cancel")
+
+
+def _no_drain(_world: World) -> Any:
+    async def wait_idle(_self: Tenure) -> None:
+        return
+
+    return mock.patch.object(Tenure, "wait_idle", wait_idle)
+
+
+def _revoke_first(_world: World) -> Any:
+    """T8 the wrong way round."""
+    shipped = Worker._leave
+
+    async def leave(self: Worker, session: Session, steward: Steward, work: Any) -> bool:
+        await session.close()
+        return await shipped(self, session, steward, work)
+
+    return mock.patch.object(Worker, "_leave", leave)
+
+
+def _will_at_once(world: World) -> Any:
+    """The last will is carried out while the process may live on: at its first pause."""
+    shipped = WorkerProcess.pause
+
+    def pause(self: WorkerProcess) -> None:
+        shipped(self)
+        self.parent.worker_died(False)
+
+    return mock.patch.object(WorkerProcess, "pause", pause)
+
+
+def _stays(_world: World) -> Any:
+    """A process of an unfenced class goes on though its work will not end."""
+    return mock.patch.object(Objects, "_leave_behind")
+
+
+def _no_reload(_world: World) -> Any:
+    """A watch that was cancelled is begun again where it was, without a load."""
+    shipped = Mirror._load
+
+    async def load(self: Mirror) -> None:
+        if self.is_loaded:
+            self._picture.revision = max(self._picture.revision, (await self._store.read(Range(b"x"))).revision)
+            self._needs_load = False
+            return
+        await shipped(self)
+
+    return mock.patch.object(Mirror, "_load", load)
+
+
 def _names(*names: str) -> frozenset[str]:
     return frozenset(names)
 
@@ -313,4 +457,39 @@ ABLATIONS: Final[Mapping[str, Ablation]] = {
     "late-refusal": Ablation(
         18, "A refusal is sent after the handler ran.", _late_refusal, PAUSES, _names("I10", "I5")
     ),
+    # --- and what protocol.md D.4 does not name
+    "no-foreign-wait": Ablation(
+        19, "Who follows an unclean end of an unfenced class does not wait.", _no_foreign_wait, BARE, _names("I5")
+    ),
+    "cancelled-is-clean": Ablation(
+        20,
+        "Cancelled work of an unfenced class counts as ended cleanly.",
+        _cancelled_is_clean,
+        BARE,
+        _names("I5"),
+        seeds=200,
+    ),
+    "refusal-forgiven": Ablation(
+        21, "A leader whose handoff was refused goes on under its epoch.", _refusal_is_forgiven, MOVES, _names("I14")
+    ),
+    "unknown-is-gone": Ablation(
+        22, "What was sent with an unknown outcome is taken for done.", _unknown_is_gone, MOVES, _names("I7", "I9")
+    ),
+    "epochs-rise": Ablation(
+        23, "Nobody remembers which epochs were given up.", _epochs_rise_again, MOVES, _names("I14")
+    ),
+    "sent-twice": Ablation(
+        24, "A request on a broken connection is sent again.", _sent_twice, RESETS, _names("I10", "I5")
+    ),
+    "loads-first": Ablation(25, "State is loaded before the barrier.", _loads_first, KILLS, _names("I5")),
+    "no-cancel": Ablation(26, "A loss cancels nothing.", _no_cancel, PAUSES, _names("I6")),
+    "no-drain": Ablation(27, "A drain waits for nobody.", _no_drain, OPERATIONS, _names("I0")),
+    "revoke-first": Ablation(
+        28, "Who stops revokes its lease before handing over.", _revoke_first, OPERATIONS, _names("I0")
+    ),
+    "will-at-once": Ablation(29, "The last will does not wait for the death.", _will_at_once, PAUSES, _names("I13")),
+    "stuck-stays": Ablation(
+        30, "An unfenced class's process lives on with work that will not end.", _stays, STUBBORN, _names("I6")
+    ),
+    "no-reload": Ablation(31, "A cancelled watch goes on without a load.", _no_reload, DEAF, _names("I8")),
 }

@@ -24,8 +24,10 @@ class Manners:
     slow: float = 0.1  # share of the requests that think
     slow_s: float = 0.4
     stubborn: float = 0.0  # share of those that go on for a while although cancelled
+    stubborn_s: float = 0.5  # at most so long
     fails_to_open: float = 0.0
     skips_barrier: bool = False  # ablation
+    loads_first: bool = False  # another one
     poison: int = -1  # the shard whose open() kills its process
     background_s: float = 1.5  # how often run() writes
 
@@ -50,14 +52,20 @@ class Lists:
             await asyncio.sleep(60)
         if world.rng.random() < world.manners.fails_to_open:
             raise RuntimeError("the simulated open() failed")
+        before: dict[str, tuple[str, ...]] = {}
         try:
+            if world.manners.loads_first:
+                before = await world.storage.load(lead.shard, 0, world.keys(lead.shard))
             if not world.manners.skips_barrier:
                 try:
                     await world.storage.barrier(lead.shard, lead.epoch)
                 except Refused as exc:
                     raise EpochRegressed(lead.shard, lead.epoch, exc.registered) from None
             lead.note_barrier()
-            self.lists = await world.storage.load(lead.shard, lead.epoch, world.keys(lead.shard))
+            if world.manners.loads_first:
+                self.lists = before
+            else:
+                self.lists = await world.storage.load(lead.shard, lead.epoch, world.keys(lead.shard))
         except Refused as exc:
             raise Fenced(lead.shard, lead.epoch, exc.registered) from None
         except NoAnswer as exc:
@@ -134,7 +142,7 @@ class Lists:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
             if self.world.rng.random() < self.world.manners.stubborn:
-                await asyncio.sleep(self.world.rng.uniform(0.0, 0.5))
+                await asyncio.sleep(self.world.rng.uniform(0.0, self.world.manners.stubborn_s))
             raise
 
     async def close(self) -> None:

@@ -111,8 +111,8 @@ class Storage:
 
     def _check(self, shard: int, epoch: int) -> None:
         known = self.registered.get(shard, 0)
-        if self.registers_by_write and known < epoch:
-            return
+        if not epoch or (self.registers_by_write and known < epoch):
+            return  # a read without an epoch asks no fence
         if self.is_fenced and known != epoch:
             self.refused += 1
             raise Refused(known)

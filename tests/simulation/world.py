@@ -7,7 +7,7 @@ whole again in the time that is promised. Then what was acknowledged is compared
 import asyncio
 import random
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -26,7 +26,7 @@ from shardlead.core import duties
 from shardlead.core.keyspace import Keyspace, decode, encode
 from shardlead.core.model import History, LeaderRecord, Meta, WorkerRecord
 from shardlead.core.ring import SlotTable, build_table, encode_table, slot_count_for, slot_of, table_crc
-from shardlead.store.base import Compare, Delete, Put, Txn
+from shardlead.store.base import Compare, Delete, Put, Range, Txn
 from shardlead.store.embedded import VERSION
 from shardlead.store.mirror import Change, Mirror
 from shardlead.virtual import Machine, VirtualLoop
@@ -436,13 +436,16 @@ class MirrorWatch:
             touched.update(kv.key for kv in (*change.puts, *change.deletes))
             if change.is_load:
                 touched.update(self._expected, self._mirror.kvs)
-            invariants.mirror_is_snapshot(self._world.witness, self.name, change.revision, self._wrong(touched))
+            invariants.mirror_is_snapshot(
+                self._world.witness, self.name, change.revision, self._wrong(touched, self._expected)
+            )
         self._passed_on(change)
 
     def differs(self) -> list[str]:
         """From what stands in the store now."""
-        self._advance(self._world.etcd.model.revision)
-        return self._wrong({*self._expected, *self._mirror.kvs})
+        kvs = self._world.etcd.model.range(Range(self._mirror._key, self._mirror._range_end)).kvs
+        now = {kv.key: kv.mod_revision for kv in kvs}
+        return self._wrong({*now, *self._mirror.kvs}, now)
 
     def _advance(self, revision: int) -> set[bytes]:
         history, low, high = self._world.etcd.history, self._mirror._key, self._mirror._range_end
@@ -458,10 +461,10 @@ class MirrorWatch:
                     self._expected[change.key] = change.revision
         return touched
 
-    def _wrong(self, keys: set[bytes]) -> list[str]:
+    def _wrong(self, keys: set[bytes], expected: Mapping[bytes, int]) -> list[str]:
         kvs, wrong = self._mirror.kvs, []
         for key in keys:
-            kv, then = kvs.get(key), self._expected.get(key, 0)
+            kv, then = kvs.get(key), expected.get(key, 0)
             if (kv.mod_revision if kv is not None else 0) != then:
                 wrong.append(f"{key.decode()} is {kv and kv.mod_revision}, was {then or None}")
         return sorted(wrong)
