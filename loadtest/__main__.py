@@ -1,4 +1,4 @@
-"""`python -m loadtest …`: a scenario, or one of the measurements that need no cluster. Each is imported when asked for."""
+"""`python -m loadtest …`: a scenario, or a measurement without a cluster. Each is imported when it is asked for."""
 
 import importlib
 import importlib.util

@@ -149,14 +149,17 @@ def moves(changes: Sequence[Change], by_shard: ByShard) -> list[Move]:
 
 def failovers_ms(changes: Sequence[Change], losses: Sequence[Loss], by_shard: ByShard, end_s: float) -> list[float]:
     """For each shard of each loss: how long it was without service. A shard that nobody led again counts to the end."""
+    by_number: dict[int, list[Change]] = {}
+    for change in changes:
+        by_number.setdefault(change.shard, []).append(change)
     found = []
     for loss in losses:
         for shard in sorted(loss.shards):
             led_s = next(
                 (
                     change.led_s
-                    for change in changes
-                    if change.shard == shard and change.led_s >= loss.at_s and change.target not in (None, loss.worker)
+                    for change in by_number.get(shard, ())
+                    if change.led_s >= loss.at_s and change.target not in (None, loss.worker)
                 ),
                 end_s,
             )

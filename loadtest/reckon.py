@@ -34,6 +34,10 @@ LATE_MS: Final = 10.0
 POINTS_MAX: Final = 400
 HEAT_ROWS_MAX: Final = 128
 HEAT_COLUMNS_MAX: Final = 150
+HEAT_COLUMNS: Final = 30
+"""A thin load gets fewer columns, but as many as these."""
+HEAT_REQUESTS: Final = 10
+"""Cells should hold so many requests: fewer, and chance is all that is seen."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,10 @@ def reckon(run: Run) -> Result:
 def heat(samples: Samples, shards: int, end_s: float) -> Heat:
     """Good answers per shard and time, by when their requests were due."""
     per_row = max(1, math.ceil(shards / HEAT_ROWS_MAX))
-    column_s = max(0.5, math.ceil(2 * end_s / HEAT_COLUMNS_MAX) / 2)
+    thin_s = HEAT_REQUESTS * shards * end_s / (per_row * max(len(samples), 1))  # a cell of that has enough to compare
+    column_s = max(
+        0.5, math.ceil(2 * end_s / HEAT_COLUMNS_MAX) / 2, min(math.ceil(2 * thin_s) / 2, end_s / HEAT_COLUMNS)
+    )
     columns = max(1, math.ceil(end_s / column_s))
     rows = [array("I", bytes(4 * columns)) for _ in range(math.ceil(shards / per_row))]
     width_us = column_s * 1e6
@@ -218,6 +225,7 @@ def _warnings(result: Result) -> list[str]:
     blind = sum(not move.requests for move in result.moves)
     if result.moves and blind > len(result.moves) / 2:
         found.append(
-            f"{blind} of {len(result.moves)} moves were met by no request: their pause is not known; take a higher --rate"
+            f"{blind} of {len(result.moves)} moves were met by no request, so their pause is not known: "
+            "take a higher --rate or fewer --shards"
         )
     return found

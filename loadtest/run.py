@@ -208,7 +208,7 @@ def _settings(options: Options, ground: Ground, ttl_s: int) -> dict[str, object]
         "payload_bytes": list(options.payload_bytes),
         "timeout_s": options.timeout_s,
         "seed": options.seed,
-        **{name: value for name, value in options.settings},
+        **dict(options.settings),
     }
 
 
