@@ -4,6 +4,7 @@
     from shardlead import Worker, EtcdStore     a worker in one's own process
     from shardlead.fencing import ...           storage that refuses old epochs
     from shardlead.testing import ...           a cluster for tests of one's own
+    from shardlead import verify                what audit logs prove
     from shardlead import NotLeading, Fenced    and all other errors, one tree: see shardlead.errors
 
 What is heavy is imported when it is first asked for, so that `shardlead --help` answers at once.
@@ -28,6 +29,7 @@ from shardlead.errors import (
 )
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and editors see it
+    from shardlead.audit import verify
     from shardlead.clock import Clock, SystemClock
     from shardlead.config import Settings
     from shardlead.store.etcd import EtcdStore
@@ -55,6 +57,7 @@ __all__ = [
     "SystemClock",
     "Worker",
     "WriteUnknown",
+    "verify",
 ]
 
 _HOMES = {
@@ -65,6 +68,7 @@ _HOMES = {
     "Settings": "shardlead.config",
     "SystemClock": "shardlead.clock",
     "Worker": "shardlead.worker.runtime",
+    "verify": "shardlead.audit",
 }
 
 

@@ -182,6 +182,8 @@ class WorkerSettings:
     """First pause before a shard whose open() or run() failed is claimed again; doubles up to 60 s."""
     controller: bool = True
     """Whether this worker is a candidate for the controller's seat."""
+    audit_dir: str = ""
+    """Folder for audit logs, which `shardlead verify` checks: a new file for each process; empty: none is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@
     ├── ResourceUnavailable    the fenced resource did not answer in time; nothing was written
     ├── RequestError           a request whose key or framing cannot be used
     ├── CommandError           an operator's command that cannot be carried out
+    ├── AuditError             an audit log that cannot be read, or is none
     └── ProcessFailed          a process that was started for tests or `shardlead dev` did not do its part
 
 Each class says with `is_retryable` whether the same call may succeed later without anybody changing anything.
@@ -270,6 +271,14 @@ class RequestError(ShardleadError):
 
 class CommandError(ShardleadError):
     """An operator's command that cannot be carried out; the text says why and what to do."""
+
+
+class AuditError(ShardleadError):
+    """An audit log that cannot be verified: not there, not readable, or with a line that is none of ours."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where, self.reason = where, reason  # a file, or file:line
+        super().__init__(f"{where}: {reason}")
 
 
 class ProcessFailed(ShardleadError):

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from shardlead.cli import looking, operating, roles
+from shardlead.cli import looking, operating, roles, verifying
 from shardlead.errors import ConfigError, ShardleadError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -43,7 +43,7 @@ def version() -> None:
     click.echo(f"shardlead {version_of()}")
 
 
-for _command in (*roles.COMMANDS, *looking.COMMANDS, *operating.COMMANDS, version):
+for _command in (*roles.COMMANDS, *looking.COMMANDS, *operating.COMMANDS, *verifying.COMMANDS, version):
     shardlead.add_command(_command)
 
 

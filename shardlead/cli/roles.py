@@ -13,6 +13,9 @@ port_option = click.option("--port", metavar="N", help="Port to listen on; 0: an
 admin_port_option = click.option(
     "--admin-port", metavar="N", help="Port of health, metrics and map (admin.port); 0: any free one, -1: none."
 )
+audit_option = click.option(
+    "--audit", metavar="DIR", help="Write an audit log there (worker.audit_dir); `shardlead verify` checks it."
+)
 fail_fast_option = click.option(
     "--fail-fast", is_flag=True, help="Exit with 1 if the store does not answer at the start, instead of trying on."
 )
@@ -26,7 +29,9 @@ def require_application_name(application: str, hint: str) -> None:
 
 def worker_options(function: Any) -> Any:
     """All that `worker` and the process it starts have in common."""
-    for option in (fail_fast_option, admin_port_option, port_option, host_option, name_option, settings_options):
+    for option in (
+        *(fail_fast_option, audit_option, admin_port_option, port_option, host_option, name_option, settings_options),
+    ):
         function = option(function)
     return click.argument("application", metavar="MODULE:NAME")(function)
 
@@ -40,6 +45,7 @@ def worker_settings(
     host: str | None,
     port: str | None,
     admin_port: str | None,
+    audit: str | None,
     **_rest: Any,
 ) -> Any:
     """What the flags of `worker` make, checked."""
@@ -52,7 +58,16 @@ def worker_settings(
         host=("worker.host", host),
         port=("worker.port", port),
         admin_port=("admin.port", admin_port),
+        audit=("worker.audit_dir", audit),
     )
+
+
+def check_audit_folder(folder: str, source: str) -> None:
+    """Raises ConfigError if no audit log can be written there."""
+    from shardlead.clock import SystemClock
+    from shardlead.worker.audit import AuditLog
+
+    AuditLog.check(folder, SystemClock(), source)
 
 
 @click.command()
@@ -70,7 +85,9 @@ def worker(words: list[str], /, application: str, **options: Any) -> None:
     from shardlead import parent
 
     require_application_name(application, "MODULE:NAME")
-    worker_settings(**options)  # what is wrong is said here, not by the process that is started
+    loaded = worker_settings(**options)  # what is wrong is said here, not by the process that is started
+    if folder := loaded.settings.worker.audit_dir:
+        check_audit_folder(folder, loaded.sources["worker.audit_dir"])
     assert words[0] == "worker", "the group has no options of its own"
     line = parent.command_line([sys.executable, "-m", "shardlead", "worker-process", *words[1:]])
     sys.stdout.flush()
@@ -172,6 +189,12 @@ def embedded_store(host: str, port: int, data: Path | None) -> int:
     multiple=True,
     help="Where a request's key stands: path:/x/{key}, header:NAME or query:NAME; may be repeated.",
 )
+@click.option(
+    "--audit",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Workers write audit logs there, for `shardlead verify`.",
+)
 @click.option("--verbose", "is_verbose", is_flag=True, help="Show what the processes log.")
 def dev(**options: Any) -> int:
     """Run a whole cluster on this machine, to try it.
@@ -185,6 +208,8 @@ def dev(**options: Any) -> int:
         require_application_name(options["app"], "--app")
     if rules := options["key_rules"]:
         load_settings((), (), None, None, key_rule=("router.key_rules", rules))  # said here, not by the router
+    if options["audit"] is not None:
+        check_audit_folder(str(options["audit"]), "--audit")
     return command.main(command.DevOptions(**{name: value for name, value in options.items() if value is not None}))
 
 

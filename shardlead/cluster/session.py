@@ -60,8 +60,9 @@ def terms_of(settings: LeaseSettings) -> Terms:
 class Session:
     """One lease of this process, from T0 (`open_session`) to its loss or `close`.
 
-    `on_change` is called synchronously at each change between active, suspended and lost. `confirm` is T3: it says
-    True (the record is ours), False (it is not: the session is lost) or None (not known).
+    `on_change` is called synchronously at each change between active, suspended and lost; `on_deadline` with each new
+    guard time (0: the guard says no), *before* it counts. `confirm` is T3: it says True (the record is ours), False (it
+    is not: the session is lost) or None (not known).
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Session:
         self.announced_revision = 0  # of the last `announce` that was applied
         self.terms = terms_of(settings)
         self.on_change: Callable[[lease_rules.State], None] = lambda _state: None
+        self.on_deadline: Callable[[int], object] = lambda _deadline_ns: None
         self.confirm: Callable[[], Awaitable[bool | None]] | None = None
         self._store = store
         self._keyspace = keyspace
@@ -122,6 +124,11 @@ class Session:
     def is_valid(self, need_s: float = 0.0) -> bool:
         """The guard: may an act that takes effect within `need_s` seconds begin now? One clock read, no await."""
         return self._clock.now_ns() + int(need_s * NS_PER_S) < self._guard_ns
+
+    @property
+    def deadline_ns(self) -> int:
+        """Until when the guard says yes; 0 when not active."""
+        return self._guard_ns
 
     def remaining_s(self) -> float:
         """Seconds until the deadline; negative after it, and when not active."""
@@ -272,7 +279,10 @@ class Session:
 
     def _set(self, state: lease_rules.State) -> None:
         before, self._state = self._state, state
-        self._guard_ns = state.deadline_ns if isinstance(state, Active) else 0
+        guard_ns = state.deadline_ns if isinstance(state, Active) else 0
+        if guard_ns != self._guard_ns:
+            self.on_deadline(guard_ns)
+            self._guard_ns = guard_ns
         if type(before) is not type(state):
             self._log_change(state)
             self._wake()

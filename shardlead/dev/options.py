@@ -32,5 +32,7 @@ class DevOptions:
     """--json-events FILE: each change as one JSON line."""
     key_rules: tuple[str, ...] = ()
     """--key-rule RULE (repeatable): where a request's key stands; () the demo's path, and the header X-Shard-Key."""
+    audit: Path | None = None
+    """--audit DIR: where the workers write audit logs; None: they write none."""
     is_verbose: bool = False
     """--verbose: also what the processes log at level info."""

@@ -16,6 +16,7 @@ import orjson
 
 from shardlead import devfile
 from shardlead.clock import Clock, SystemClock
+from shardlead.core.audit import SUFFIX
 from shardlead.dev.console import RED, Console, balance, counted
 from shardlead.dev.home import Home, home_of
 from shardlead.dev.options import DEMO, DevOptions
@@ -67,6 +68,7 @@ def main(options: DevOptions, *, out: TextIO | None = None, clock: Clock | None 
     remembers something else than the flags say), both before anything was started.
     """
     check_port(options.port)
+    check_audit(options)
     with home_of(options) as home:
         return asyncio.run(_Dev(options, home, Console(out or sys.stdout), clock or SystemClock()).run())
 
@@ -78,6 +80,21 @@ def check_port(port: int) -> None:
     other = next((info for info in devfile.alive() if info.port == port), None)
     who = f"another `shardlead dev` (pid {other.pid})" if other else "something"
     raise CommandError(f"port {port} is taken: {who} listens on {LOOPBACK}:{port} already; take another with --port")
+
+
+def check_audit(options: DevOptions) -> None:
+    """Raises CommandError if logs of an earlier cluster would get into one folder with this one's."""
+    if options.audit is None or options.data is not None:
+        return
+    try:
+        is_used = any(options.audit.expanduser().glob(f"*{SUFFIX}"))
+    except OSError as exc:
+        raise CommandError(f"--audit {options.audit}: {exc.strerror}") from exc
+    if is_used:
+        raise CommandError(
+            f"--audit {options.audit} has logs of an earlier cluster, and without --data epochs begin anew: they would "
+            f"contradict each other. Name another folder, or remove them"
+        )
 
 
 class _Dev:
@@ -103,6 +120,7 @@ class _Dev:
         self._etcd_faults: set[str] = set()
         self._shards = home.shards
         self._told: Mapping[str, int] = {}
+        self._audit = str(options.audit.expanduser().resolve()) if options.audit is not None else ""
 
     async def run(self) -> int:
         """From the first process to the last."""
@@ -184,6 +202,8 @@ class _Dev:
 
     async def _start_worker(self, name: str) -> None:
         own = {"worker.name": name, "worker.port": 0, **WORKER_TIMES}
+        if self._audit:
+            own["worker.audit_dir"] = self._audit
         command = shardlead_command("worker", self.options.app, *self._settings(own))
         worker = await self.processes.start(name, command, is_worker=True)
         assert isinstance(worker, WorkerProcess)
@@ -350,6 +370,8 @@ class _Dev:
         """The command that starts one worker more, for another terminal."""
         words = [*_command_name(), "worker", self.options.app, "--name", name]
         words += ["--store", self.store_url, "--cluster", CLUSTER]
+        if self._audit:
+            words += ["--audit", self._audit]
         name, value = ("SHARDLEAD_DEMO_DB", self.home.database) if self._is_demo else (DATA_VARIABLE, self.home.folder)
         return f"{name}={shlex.quote(str(value))} {shlex.join(words)}"
 
@@ -376,6 +398,8 @@ class _Dev:
             say(f"  data     {self.home.folder}")
         else:
             say(f"  data     temporary, gone at the end   {dim('(keep it: --data DIR)')}")
+        if self._audit:
+            say(f"  audit    {self._audit}   (check it: {shlex.join([*_command_name(), 'verify', self._audit])})")
         for worker in self.workers:
             leads = counted(counts.get(worker.name, 0), "shard")
             say(f"  {worker.name:<8} http://{worker.address}   leads {leads}, pid {worker.pid}")

@@ -25,7 +25,9 @@ from aiohttp.streams import StreamReader
 from multidict import CIMultiDict
 
 from shardlead.core.contract import RESERVED_PREFIX
+from shardlead.worker.audit import Trail
 from shardlead.worker.leadership import Leadership
+from shardlead.worker.tenure import Tenure
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _RESERVED: Final = len(RESERVED_PREFIX)
@@ -51,6 +53,7 @@ class Gate:
     """
 
     __slots__ = (
+        "_admitted_ns",
         "_is_over",
         "_is_websocket",
         "_lead",
@@ -60,6 +63,7 @@ class Gate:
         "_on_tunnel",
         "_payload",
         "_protocol",
+        "_trail",
         "has_begun",
         "is_cut",
         "is_tunnel",
@@ -79,6 +83,8 @@ class Gate:
         self._lead: Leadership | None = None
         self._need_s = 0.0
         self._on_tunnel: Callable[[Gate], object] | None = None
+        self._trail: Trail | None = None
+        self._admitted_ns = 0
         self.has_begun = False  # a byte of the application's answer may have left
         self.is_cut = False
         self.is_tunnel = False
@@ -113,9 +119,11 @@ class Gate:
         """Tell the peer to send the body it has announced."""
         await StreamWriter(self._protocol, self._loop).write(_CONTINUE)
 
-    def guard(self, lead: Leadership, need_s: float, on_tunnel: Callable[["Gate"], object]) -> None:
-        """From here on the application answers; `on_tunnel` is called with this gate if it upgrades the connection."""
-        self._lead, self._need_s, self._on_tunnel = lead, need_s, on_tunnel
+    def guard(self, tenure: Tenure, need_s: float, admitted_ns: int) -> None:
+        """From here on the application answers, for a request that was admitted then; if it upgrades the connection,
+        this gate becomes a tunnel of the tenure."""
+        self._lead, self._need_s, self._on_tunnel = tenure.lead, need_s, tenure.tunnels.add
+        self._trail, self._admitted_ns = tenure.trail, admitted_ns
 
     def check(self) -> None:
         """Raise AnswerCut unless the application may send now. No await may stand between this and the sending."""
@@ -128,9 +136,24 @@ class Gate:
             raise AnswerCut("the leadership ended before the answer did")
 
     def pass_bytes(self) -> None:
-        """As `check`, for bytes that leave right after."""
-        self.check()
+        """As `check`, for bytes that leave right after. The first ones of an answer are written down before."""
+        if self._trail is not None and not self.has_begun:
+            asked_ns = self._trail.now_ns()
+            self.check()
+            self.note_accepted(asked_ns)
+        else:
+            self.check()
         self.has_begun = self._lead is not None
+
+    def note_accepted(self, asked_ns: int) -> None:
+        """For the audit log: the guard, asked right after that time, lets the request's answer pass. Counts once."""
+        if self._trail is not None and not self.has_begun:
+            self._trail.accept(self._admitted_ns, asked_ns)
+
+    def note_refused(self, why: str) -> None:
+        """For the audit log: nothing of the application's answer leaves."""
+        if self._trail is not None and not self.has_begun:
+            self._trail.reject(why)
 
     def cut(self) -> None:
         """Nothing of the application passes any more; an answer that has begun ends in a reset."""

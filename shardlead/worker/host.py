@@ -23,6 +23,7 @@ from shardlead.core.contract import Refused
 from shardlead.core.ownership import HandOver, Remint, Resign
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.admission import Admission, Admitted, Parked, Turned
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.entry import Entry
 from shardlead.worker.envoy import AskAgain, Envoy, NotOurs, NotPassed, Passage, PassedOn
 from shardlead.worker.leadership import Leadership
@@ -73,10 +74,12 @@ class Host:
         metrics: WorkerMetrics,
         executor: Executor | None = None,
         exit_process: Callable[[int], object] = os._exit,
+        audit: AuditLog | None = None,
     ) -> None:
         self.shard_of = shard_of
         self.fenced = fenced
         self.is_stopping = False
+        self.audit = audit
         self.envoy: Envoy | None = None
         self.on_settled: Callable[[int], None] = lambda _shard: None
         self._settings = settings
@@ -99,6 +102,7 @@ class Host:
             metrics=metrics,
             executor=executor,
             exit_process=exit_process,
+            audit=audit,
         )
         self._sends = asyncio.Semaphore(SENDS_MAX)
         metrics.leaderships.set_function(lambda: len(self.led()))

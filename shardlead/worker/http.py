@@ -195,6 +195,8 @@ class Front:
                 return await self._serve(request, gate, tenure, call)
             case Turned():
                 self._outcomes[verdict.reason].inc()
+                if self._host.audit is not None:
+                    self._host.audit.reject(call.shard, call.epoch, verdict.reason)
                 return await self._refuse(request, gate, refusal(call.shard, verdict))
             case _:
                 assert_never(verdict)
@@ -243,7 +245,7 @@ class Front:
         try:
             if call.expects_continue:
                 await gate.write_continue()
-            gate.guard(tenure.lead, self._settings.handle_need_s, tenure.tunnels.add)
+            gate.guard(tenure, self._settings.handle_need_s, started_ns)
             response = await self._handle(request, tenure)
             await self._send(response, request, gate)
         except (AnswerCut, LeadershipError) as exc:
@@ -311,15 +313,19 @@ class Front:
         if failure is not None and not (gate.is_cut and isinstance(failure, ConnectionError)):
             self._failures.inc()
             log.error("application raised in handle", exc_info=failure, extra=facts)
+        asked_ns = self._clock.now_ns()
         if failure is not None and tenure.lead.is_valid(self._settings.handle_need_s):
+            gate.note_accepted(asked_ns)
             self._outcomes["application-error"].inc()
             answer = application_error(call.shard)
         elif request.method in contract.SAFE_METHODS:
             verdict = self._host.admission(call.shard, call.epoch)
             turned = verdict if isinstance(verdict, Turned) else Turned(Refused.SUSPENDED, call.epoch)
+            gate.note_refused(turned.reason)
             self._outcomes[turned.reason].inc()
             answer = refusal(call.shard, turned)
         else:
+            gate.note_refused(contract.Problem.OUTCOME_UNKNOWN)
             self._outcomes["outcome-unknown"].inc()
             answer = outcome_unknown(call.shard, is_idempotent=self._application.idempotent)
         if gate.has_begun:

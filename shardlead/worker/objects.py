@@ -17,6 +17,7 @@ from shardlead.config import WorkerSettings
 from shardlead.core import ownership
 from shardlead.errors import EpochRegressed, Fenced, LeadershipError, LeadershipLost
 from shardlead.metrics import WorkerMetrics
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.entry import Entry
 from shardlead.worker.leadership import Guard, Leadership
 from shardlead.worker.tasks import Tasks
@@ -46,6 +47,7 @@ class Objects:
         metrics: WorkerMetrics,
         executor: Executor | None,
         exit_process: Callable[[int], object],
+        audit: AuditLog | None = None,
     ) -> None:
         self._settings = settings
         self._worker = worker
@@ -56,6 +58,7 @@ class Objects:
         self._metrics = metrics
         self._executor = executor
         self._exit_process = exit_process
+        self._audit = audit
         self._opens = asyncio.Semaphore(OPENS_MAX)
         self._is_unfenced_told = False
 
@@ -63,8 +66,9 @@ class Objects:
 
     def open(self, shard: int, entry: Entry, epoch: int, guard: Guard) -> None:
         """Begin a tenure under `epoch`: make its object and open it. Ends in Opened, FencedOff or Failed."""
+        trail = self._audit.lead(shard, epoch) if self._audit is not None else None
         lead = Leadership(shard, epoch, self._worker, guard, self._executor)
-        tenure = entry.tenure = Tenure(lead)
+        tenure = entry.tenure = Tenure(lead, trail)
         tenure.opening = self._tasks.begin(self._open_object(shard, entry, tenure), f"open {shard}")
 
     async def _open_object(self, shard: int, entry: Entry, tenure: Tenure) -> None:
@@ -96,6 +100,8 @@ class Objects:
         tenure = entry.tenure
         assert tenure is not None, "serving has a tenure"
         assert tenure.application is not None, "serving has an opened object"
+        if tenure.trail is not None:
+            tenure.trail.serve()
         if self._fenced and not tenure.lead.has_barrier and not self._is_unfenced_told:
             self._is_unfenced_told = True
             log.warning(
@@ -170,7 +176,7 @@ class Objects:
         """Cancel all its work, now. Ends in WorkEnded."""
         tenure = entry.tenure
         assert tenure is not None, "stopping has a tenure"
-        tenure.lead.revoke(reason)
+        tenure.revoke(reason)
         tenure.cancel()
         self._tasks.begin(self._stop(shard, entry, tenure), f"stop {shard}")
 
@@ -188,7 +194,7 @@ class Objects:
             return
         if tenure.running_count:
             log.warning("drain time is over, cancelling", extra={"shard": shard, "running": tenure.running_count})
-            tenure.lead.revoke("the drain time is over")
+            tenure.revoke("the drain time is over")
             tenure.cancel()
         elif tenure.run_task is not None:
             tenure.run_task.cancel()
@@ -219,7 +225,7 @@ class Objects:
         application = tenure.application
         if application is not None:
             await self._close_object(shard, entry, tenure, application)
-        tenure.lead.revoke("closed")
+        tenure.revoke("closed")
         if tenure.lead.threads and entry.is_clean:  # of open() or close(); others have been waited for
             entry.is_clean = await self._wait_ended(shard, tenure)
         if entry.tenure is tenure and isinstance(entry.state, ownership.Closing):

@@ -42,6 +42,7 @@ from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
 from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Application, Factory
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.host import Host
 from shardlead.worker.http import Front
 from shardlead.worker.steward import Steward
@@ -123,6 +124,7 @@ class Worker:
         self._front: Front | None = None
         self._factory: Factory | None = None
         self._session: Session | None = None
+        self._audit: AuditLog | None = None
         self._stopping = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -209,14 +211,20 @@ class Worker:
         if host is None:
             raise NotLeading(-1, epoch, reason="the worker has not started")
         shard = host.shard_of(key.encode() if isinstance(key, str) else key)
+        asked_ns = self._clock.now_ns()
         verdict = host.admission(shard, epoch)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.worker.park_timeout_s):
                 while isinstance(verdict, Parked):
                     await host.changed(shard)
+                    asked_ns = self._clock.now_ns()
                     verdict = host.admission(shard, epoch)
+        if self._audit is not None and not isinstance(verdict, Admitted):
+            self._audit.reject(shard, epoch, verdict.reason if isinstance(verdict, Turned) else Refused.UNKNOWN)
         match verdict:
             case Admitted(tenure):
+                if tenure.trail is not None:
+                    tenure.trail.accept(asked_ns, asked_ns)
                 task = asyncio.current_task()
                 assert task is not None, "admit is entered within a task"
                 tenure.enter(task)
@@ -240,6 +248,9 @@ class Worker:
 
     async def _enter(self) -> None:
         settings = self._settings
+        if settings.worker.audit_dir:
+            self._audit = AuditLog.open(settings.worker.audit_dir, self.name, self._clock)
+            self._stack.callback(self._audit.close)
         self._shape = await ensure_shape(self._store, self._keyspace, settings.cluster, self._explicit)
         self._factory = await self._stack.enter_async_context(self._application.factory())
         self._host = await self._stack.enter_async_context(
@@ -253,6 +264,7 @@ class Worker:
                 rng=self._rng,
                 metrics=self._metrics,
                 exit_process=self._exit_process,
+                audit=self._audit,
             )
         )
         self._front = Front(
@@ -333,6 +345,8 @@ class Worker:
             metrics=self._metrics,
         )
         self._session = session
+        if self._audit is not None:
+            self._audit.begin_session(session)
         host.envoy = steward
         self._metrics.set_session_state("active")
         work = asyncio.create_task(steward.run(), name=f"steward {session.sid}")

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from typing import Any, Final, Protocol
 
+from shardlead.worker.audit import Trail
 from shardlead.worker.leadership import Leadership
 
 log = logging.getLogger("shardlead.tenure")
@@ -41,10 +42,11 @@ class Tunnel(Protocol):
 class Tenure:
     """The application's object of one leadership, and its running work."""
 
-    __slots__ = ("_idle", "_running", "application", "lead", "opening", "run_task", "tunnels")
+    __slots__ = ("_idle", "_running", "application", "lead", "opening", "run_task", "trail", "tunnels")
 
-    def __init__(self, lead: Leadership) -> None:
+    def __init__(self, lead: Leadership, trail: Trail | None = None) -> None:
         self.lead = lead
+        self.trail = trail  # its lines in the audit log, if one is written
         self.application: Hosted | None = None
         self.opening: asyncio.Task[None] | None = None
         self.run_task: asyncio.Task[None] | None = None
@@ -87,6 +89,12 @@ class Tenure:
     async def wait_idle(self) -> None:
         """Return once no request runs. The caller bounds it."""
         await self._idle.wait()  # no time-out: worker.objects bounds it by drain_timeout_s
+
+    def revoke(self, reason: str) -> None:
+        """Take the leadership away, at once and for good."""
+        if self.trail is not None:
+            self.trail.stop(reason)
+        self.lead.revoke(reason)
 
     def close_tunnels(self) -> None:
         """Close every upgraded connection, now."""

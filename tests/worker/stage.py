@@ -19,6 +19,7 @@ from shardlead.core.model import Want
 from shardlead.core.ownership import Gone, HandOver, Opening, Remint, Resign, Serving, Wanted, Won
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.application import Application
+from shardlead.worker.audit import AuditLog
 from shardlead.worker.envoy import NotOurs, Passage, PassedOn
 from shardlead.worker.host import Host
 from shardlead.worker.http import Front
@@ -185,7 +186,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(*, is_led: bool = True, **changes: Any) -> AsyncIterator[Stage]:
+async def staged(*, is_led: bool = True, audit: AuditLog | None = None, **changes: Any) -> AsyncIterator[Stage]:
     """A front that listens; shard SHARD is led under EPOCH unless `is_led` is False. `changes` are settings."""
     settings = replace(WorkerSettings(drain_timeout_s=5.0, park_timeout_s=5.0), **changes)
     stage = Stage(settings)
@@ -193,7 +194,15 @@ async def staged(*, is_led: bool = True, **changes: Any) -> AsyncIterator[Stage]
     application = Application(lambda lead: Script(stage, lead), name="stage")
     async with application.factory() as make:
         stage.host = Host(
-            settings, "w1", make, shard_of, fenced=True, clock=CLOCK, rng=random.Random(7), metrics=metrics
+            settings,
+            "w1",
+            make,
+            shard_of,
+            fenced=True,
+            clock=CLOCK,
+            rng=random.Random(7),
+            metrics=metrics,
+            audit=audit,
         )
         stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics)
         async with stage.host:
