@@ -144,6 +144,7 @@ _FILE: Final = click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 @click.option("--posts", type=_SHARE, default=0.5, help="Share of POSTs; the others are GETs.")
 @click.option("--idempotent", type=_SHARE, default=0.0, help="Share of the POSTs with an Idempotency-Key.")
+@click.option("--audit/--no-audit", default=True, help="Whether workers write audit logs, which are then verified.")
 @click.option(
     "--through",
     type=click.Choice(["router", "client"]),

@@ -31,7 +31,7 @@ from loadtest.style import WORKER_COLOURS
 
 BARS_MAX: Final = 200
 LANES_MAX: Final = 96
-LIMIT_DOTS: Final = 2_000
+DOTS_MAX: Final = 1_000
 Numbered = Sequence[tuple[float, str, int]]
 
 
@@ -325,7 +325,7 @@ def pauses(result: Result, marks: Numbered, limit_ms: float | None) -> str:
     chart.marks(marks)
     if limit_ms:
         chart.level(limit_ms, f"{number(limit_ms)} ms")
-    step = max(1, len(moves) // LIMIT_DOTS)
+    step = max(1, math.ceil(len(moves) / DOTS_MAX))
     for move in sorted(moves, key=lambda move: -move.pause_ms)[::step]:
         words = (
             f"shard {move.shard}, {move.source} to {move.target} at {move.at_s:.2f} s: {move.pause_ms:.1f} ms "

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from loadtest.keys import Ring
 from loadtest.options import Options
 from loadtest.scenarios import Scenario
 from loadtest.store import Gateway, version_of
+from loadtest.verify import SETTING
 from shardlead import ConfigError, ShardleadError
 from shardlead.testing import LocalCluster
 
@@ -47,6 +49,8 @@ class Ground:
     store_version: str
     own: LocalCluster | None = None
     gates: dict[str, list[Gate]] = field(default_factory=dict)
+    audit: Path | None = None
+    """Where the workers write their audit logs; None: nowhere that is known."""
 
     def events(self) -> list[Mapping[str, Any]]:
         """What has changed since `leaders`."""
@@ -61,24 +65,27 @@ async def own_ground(options: Options, scenario: Scenario, ttl_s: int) -> AsyncI
         store = "etcd"
     gated = 1 if scenario.needs_gates else 0
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings: dict[str, object] = {
-        "router.key_rules": f"path:{options.path.partition('?')[0]}",
-        **dict(options.settings),
-    }
-    cluster = LocalCluster(
-        options.application,
-        workers=options.workers - gated,
-        routers=options.routers,
-        controllers=scenario.controllers,
-        shards=options.shards,
-        ttl_s=ttl_s,
-        store=store,
-        etcd_members=scenario.etcd_members,
-        settings=settings,
-        environment={"PYTHONPATH": os.pathsep.join(paths)},
-        ready_timeout_s=READY_TIMEOUT_S,
-    )
     async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-", ignore_cleanup_errors=True)))
+        audit = folder / "audit" if options.audit else None
+        cluster = LocalCluster(
+            options.application,
+            workers=options.workers - gated,
+            routers=options.routers,
+            controllers=scenario.controllers,
+            shards=options.shards,
+            ttl_s=ttl_s,
+            store=store,
+            etcd_members=scenario.etcd_members,
+            settings={
+                "router.key_rules": f"path:{options.path.partition('?')[0]}",
+                **({SETTING: audit} if audit else {}),
+                **dict(options.settings),
+            },
+            environment={"PYTHONPATH": os.pathsep.join(paths)},
+            folder=folder,
+            ready_timeout_s=READY_TIMEOUT_S,
+        )
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(
@@ -111,6 +118,7 @@ async def own_ground(options: Options, scenario: Scenario, ttl_s: int) -> AsyncI
             store_version=await version_of(cluster.session, cluster.store_url),
             own=cluster,
             gates=gates,
+            audit=audit,
         )
 
 

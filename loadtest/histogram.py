@@ -36,7 +36,9 @@ def merged(histograms: Iterable[Any]) -> Any:
     total = fine()
     for histogram in histograms:
         if histogram.total_count:
+            longest = max(total.max_value, histogram.max_value)
             total.add(histogram)
+            total.max_value = longest  # `add` puts the end of the longest one's bucket there
     return total
 
 

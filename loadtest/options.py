@@ -43,6 +43,7 @@ class Options:
     connections_max: int = 2_000
     seed: int = 1
     do: str = ""
+    audit: bool = True
     settings: tuple[tuple[str, str], ...] = ()
     report: Path | None = None
     json: Path | None = None

@@ -196,9 +196,9 @@ def _moves(result: Result, marks: Numbered) -> str:
         drawings.pauses(result, marks, PAUSE_MS if is_planned else None),
         '<ul class="legend"><li><i class="handoff"></i>handoff: one transaction, never without a leader</li>'
         '<li><i class="claim"></i>claim: after it was without a leader</li></ul>',
-        '<p class="note">A pause is what a user felt: the longest latency of all requests of that shard that were under '
-        f"way from {BEFORE_S * 1000:.0f} ms before the change until {AFTER_S * 1000:.0f} ms after the new leader was "
-        "seen, or the time without a leader if that is longer. It contains the request's ordinary latency.</p>",
+        '<p class="note">A pause is what a user felt: the longest latency of all requests of that shard that were '
+        f"under way from {BEFORE_S * 1000:.0f} ms before the change until {AFTER_S * 1000:.0f} ms after the new leader was "
+        "seen, or the time without a leader if that is longer. The request's ordinary latency is in it.</p>",
         _details(
             f"The first {MOVES_MAX} moves in figures" if len(result.moves) > MOVES_MAX else "All moves in figures",
             _table(head, body, numbers=(0, 1, 5, 6, 7)),
@@ -228,8 +228,8 @@ def _verify(result: Result) -> str:
         verify = result.verify
         css = "bad" if verify.violations else "good"
         logs = (
-            f'<p><span class="badge {css}">{verify.violations} violations</span> by <code>shardlead verify</code> over the '
-            f"workers' audit logs: {verify.leaderships:,} leaderships, {verify.requests:,} requests.</p>"
+            f'<p><span class="badge {css}">{verify.violations} violations</span> by <code>shardlead verify</code> over '
+            f"the workers' audit logs: {verify.leaderships:,} leaderships, {verify.requests:,} requests.</p>"
             + (f"<pre>{escape(verify.text)}</pre>" if verify.text else "")
         )
     seen = result.seen
@@ -240,8 +240,8 @@ def _verify(result: Result) -> str:
         "",
         logs,
         f'<p><span class="badge {css}">{len(seen.violations)} violations</span> in the answers themselves: '
-        f"{seen.leaderships:,} leaderships answered. One with two workers, or one that answers a request which was sent "
-        f"after a newer one had answered, would be a violation.</p>{found}",
+        f"{seen.leaderships:,} leaderships answered. Two workers under one epoch, or an epoch that answers a request "
+        f"which was sent after a newer one had answered, would be a violation.</p>{found}",
     )
 
 

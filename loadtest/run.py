@@ -25,7 +25,7 @@ from loadtest.result import Result
 from loadtest.samples import Samples
 from loadtest.scenarios import OVERTIME_S, SCENARIOS, Scenario, by_command
 from loadtest.stage import Stage
-from loadtest.verify import verify
+from loadtest.verify import NO_LOGS, NOT_OURS, verify
 from shardlead import ShardleadError
 
 QUIET_S: Final = 1.0
@@ -63,11 +63,12 @@ async def play(options: Options, live: Live, command: str = "") -> Outcome:
             harvest = await generators.stop(options.timeout_s + 10)
             story = Story(ground.leaders, ground.events(), generators.begin_wall_s)
         live.finish()
-        found, note = None, "the cluster was not started here"
+        found, note = None, NO_LOGS if options.is_own else NOT_OURS
         if ground.own is not None:
             live.say("stopping")
             await stop_gracefully(ground.own)
-            found, note = await verify(ground.own)
+        if ground.audit is not None:
+            found, note = await verify(ground.audit)
         settings = _settings(options, ground, ttl_s)
     run = Run(
         options=options,
@@ -207,6 +208,7 @@ def _settings(options: Options, ground: Ground, ttl_s: int) -> dict[str, object]
         "idempotent": options.idempotent,
         "payload_bytes": list(options.payload_bytes),
         "timeout_s": options.timeout_s,
+        "audit logs": "written" if ground.audit else "none",
         "seed": options.seed,
         **dict(options.settings),
     }

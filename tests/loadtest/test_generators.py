@@ -43,7 +43,8 @@ async def server(answer: Answer) -> AsyncIterator[str]:
 
     listening = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
-        yield "127.0.0.1:{}".format(listening.sockets[0].getsockname()[1])
+        port = listening.sockets[0].getsockname()[1]
+        yield f"127.0.0.1:{port}"
     finally:
         listening.close()
 
@@ -142,7 +143,8 @@ def test_each_failure_has_its_reason() -> None:
     for reason, data in kinds.items():
         harvest, heads = asyncio.run(story(data))
         assert harvest.sent == heads == len(harvest.samples), reason
-        assert set(map(lambda text: text.startswith(f"GET: {reason}"), harvest.reasons)) == {True}, harvest.reasons
+        assert harvest.reasons
+        assert all(text.startswith(f"GET: {reason}") for text in harvest.reasons), harvest.reasons
         assert sum(harvest.reasons.values()) == harvest.sent
         assert not any(flags & OK for flags in harvest.samples.flags)
 

@@ -1,5 +1,7 @@
 """When requests are due: arithmetic that nothing can move."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ def test_the_shares_of_several_generators_are_the_whole(rates: list[float], step
     taken = sorted(number for share in range(shares) for number in range(share, count, shares))
     assert taken == list(range(count))
     dues = [schedule.due_s(number) for number in taken]
-    assert all(before < after for before, after in zip(dues, dues[1:], strict=False))
+    assert all(before < after for before, after in pairwise(dues))
 
 
 @given(
