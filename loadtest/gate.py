@@ -6,6 +6,8 @@ Opened again, the connections of before are reset, as a machine answers packets 
 
 import asyncio
 import contextlib
+import socket
+import struct
 from types import TracebackType
 from typing import Final, Self
 
@@ -52,7 +54,7 @@ class Gate:
     def open(self) -> None:
         """Let everything pass again; what was open is reset."""
         for writer in list(self._writers):
-            writer.transport.abort()
+            _reset(writer)
         self._is_open.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -89,3 +91,12 @@ class Gate:
                 await target.drain()
         with contextlib.suppress(OSError, RuntimeError):
             target.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a RST: the other side learns that this connection is unknown here."""
+    connection = writer.get_extra_info("socket")
+    if connection is not None:
+        with contextlib.suppress(OSError):  # closed already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import shardlead
+
 DURATION_MIN_S: Final = 3.0
 DURATION_MAX_S: Final = 3_600.0
 REQUESTS_MAX: Final = 20_000_000
@@ -84,6 +86,8 @@ def problems(options: Options) -> list[str]:
         wrong.append("--url takes a running cluster, whose shards are read from its store: give --store URL, too")
     if not options.url and options.do:
         wrong.append("--do is for a running cluster (--url); one that is started here has its faults made by itself")
+    if options.through == "client" and not hasattr(shardlead, "Client"):
+        wrong.append("--through client: this build has no smart client")
     if options.generator_count > options.mean_rate * options.duration_s:
         wrong.append("more generators than requests")
     return wrong

@@ -197,8 +197,8 @@ def _moves(result: Result, marks: Numbered) -> str:
         '<ul class="legend"><li><i class="handoff"></i>handoff: one transaction, never without a leader</li>'
         '<li><i class="claim"></i>claim: after it was without a leader</li></ul>',
         '<p class="note">A pause is what a user felt: the longest latency of all requests of that shard that were '
-        f"under way from {BEFORE_S * 1000:.0f} ms before the change until {AFTER_S * 1000:.0f} ms after the new leader was "
-        "seen, or the time without a leader if that is longer. The request's ordinary latency is in it.</p>",
+        f"under way from {BEFORE_S * 1000:.0f} ms before the change until {AFTER_S * 1000:.0f} ms after the new leader "
+        "was seen, or the time without a leader if that is longer. The request's ordinary latency is in it.</p>",
         _details(
             f"The first {MOVES_MAX} moves in figures" if len(result.moves) > MOVES_MAX else "All moves in figures",
             _table(head, body, numbers=(0, 1, 5, 6, 7)),

@@ -1,15 +1,22 @@
-"""The command line: wrong words are answered with a clear line and exit code 2; a short run end to end."""
+"""The command line: wrong words are answered with a clear line and exit code 2; short runs end to end."""
 
+import asyncio
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import orjson
 import pytest
 
 from loadtest.__main__ import main
 from loadtest.scenarios import SCENARIOS
+from shardlead.testing import LocalCluster
 from tests.loadtest.test_report import read
+
+RULES: Final = {"router.key_rules": "path:/counters/{key}"}
 
 
 def run(*words: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -106,3 +113,96 @@ def test_a_short_run_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "out.html").read_text()
     assert read(page).wrong == []
     assert "kept" in done.stdout
+
+
+@pytest.mark.e2e
+def test_a_broken_promise_ends_with_1(tmp_path: Path) -> None:
+    """An application that now and then answers for another shard: its 2xx is no good answer, and the run says so."""
+    done = run(
+        *("steady", "--duration", "3", "--rate", "100", "--shards", "8", "--workers", "1"),
+        *("--app", "tests.loadtest.apps:Liar", "--json", str(tmp_path / "out.json")),
+        timeout_s=110,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BROKEN      no request fails" in done.stdout
+    found = orjson.loads((tmp_path / "out.json").read_bytes())
+    assert 0 < found["failed"] < found["sent"] / 4
+    assert set(found["failures"]) == {"GET: 200 of the wrong shard", "POST: 200 of the wrong shard"}
+    assert not found["is_kept"]
+
+
+@pytest.mark.e2e
+def test_a_running_cluster_is_only_looked_at(tmp_path: Path) -> None:
+    """--url and --store: load on a cluster that was started elsewhere, and with --do a fault that its operator makes;
+    its moves and failovers are found in the store, and it runs on afterwards."""
+
+    async def story() -> tuple[int, str]:
+        async with LocalCluster("loadtest.app:memory", workers=2, shards=8, folder=tmp_path, settings=RULES) as cluster:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "loadtest", "kill-leader", "--duration", "5", "--rate", "100"),
+                *("--url", cluster.url, "--store", cluster.store_url, "--cluster", cluster.name),
+                *("--do", f"kill -9 {cluster.workers['w1'].pid}", "--json", str(tmp_path / "out.json")),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+            async with asyncio.timeout(60):
+                out, _ = await process.communicate()
+            assert process.returncode is not None
+            assert (await cluster.map()).counts() == {"w2": 8}
+            return process.returncode, out.decode()
+
+    code, said = asyncio.run(story())
+    assert code in (0, 1), said  # a busy machine may take more than 300 ms
+    found = orjson.loads((tmp_path / "out.json").read_bytes())
+    assert len(found["failover_ms"]) == 4
+    assert {(move["source"], move["target"]) for move in found["moves"]} == {("w1", "w2")}
+    assert found["verify"] is None
+    assert set(found["failures"]) <= {"POST: 502 outcome-unknown"}, said
+
+
+@pytest.mark.e2e
+def test_ctrl_c_ends_everything() -> None:
+    """Under load: exit code 130, no traceback, and no process of it is left."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadtest", "steady", "--duration", "60", "--rate", "50", "--shards", "8"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "failed   0" in line:
+                break
+        children = descendants(process.pid)
+        assert len(children) > 5
+        process.send_signal(signal.SIGINT)
+        lines += process.stdout.readlines()
+        code = process.wait(timeout=30)
+    said = "".join(lines)
+    assert code == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert [pid for pid in children if is_alive(pid)] == []
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that it started, and theirs."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split("\n")
+    parents = {int(row.split()[0]): int(row.split()[1]) for row in rows if row.strip()}
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, a zombie not counted."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return not state.strip().startswith("Z") and bool(state.strip())
