@@ -12,7 +12,7 @@ from typing import Final
 
 WIDTH: Final = 1060.0
 LEFT: Final = 62.0
-RIGHT: Final = 84.0
+RIGHT: Final = 100.0
 BOTTOM: Final = 34.0
 TOP: Final = 24.0
 SHADES: Final = 8
@@ -101,7 +101,7 @@ class Chart:
             self.add(f'<path d="M{at(self.x.begin)} {at(y)}H{at(self.x.end)}" class="grid"/>')
             self.text(self.x.begin - 8, y + 4, label(tick), "tick", "end")
         if unit:
-            self.text(self.x.begin - 8, self.y.end - 10, unit, "tick unit", "end")
+            self.text(0, self.y.end - 10, unit, "tick unit")
 
     def axis_x(self, unit: str = "", ticks: Sequence[tuple[float, str]] | None = None) -> None:
         """Values under the chart."""
