@@ -101,14 +101,15 @@ class Verdict:
                 text = f"shard {tenure.shard}: epoch {tenure.epoch} has two sessions, {tenure.sid} and {following.sid}"
                 self._collisions.add("shared-epoch", text, tenure.place, following.place)
             following = tenure
-            if later is None or tenure.accepted is None or later.place.file == tenure.place.file:
+            accepted = tenure.accepted
+            if later is None or accepted is None or later.place.file == tenure.place.file:
                 continue  # in one file the order of its lines has been looked at
             if tenure.known_epoch >= later.epoch:
                 text = (
                     f"shard {tenure.shard}: a request is accepted under epoch {tenure.epoch} by a process that has "
                     f"been given epoch {tenure.known_epoch}, and so after epoch {later.epoch} was led"
                 )
-                self._collisions.add("interleaved", text, tenure.accepted, later.place)
+                self._collisions.add("interleaved", text, accepted, later.place)
 
     def _judge_times(self, tenures: Sequence[Tenure]) -> None:
         """Of one machine; `tenures` of one shard by epoch."""
@@ -124,8 +125,8 @@ class Verdict:
 
     def _collide(self, tenure: Tenure, begin_ns: int, last: Span, span: Span, other: Tenure) -> None:
         evidence = span.ended_by
-        if other.accepted is not None and other.accepted_ns > begin_ns:
-            evidence = other.accepted  # it did not only say yes, it acted on it
+        if (accepted := other.accepted) is not None and other.accepted_ns > begin_ns:
+            evidence = accepted  # it did not only say yes, it acted on it
         if span.begin_ns <= last.end_ns:
             text = (
                 f"shard {tenure.shard}: the guard of epoch {other.epoch} says yes until {span.end_ns} ns, that of "
