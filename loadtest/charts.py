@@ -76,6 +76,16 @@ def at(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
+@dataclass(frozen=True)
+class NumberedMark:
+    """Something that was done to the cluster, and its number in the drawings."""
+
+    at_s: float
+    text: str
+    number: int
+    is_fault: bool
+
+
 @dataclass
 class Chart:
     """One drawing with its axes. `parts` grows; `svg` is the whole."""
@@ -86,6 +96,7 @@ class Chart:
     y: Scale
     width: float = WIDTH
     parts: list[str] = field(default_factory=list)
+    _labels: list[tuple[float, float, str, str]] = field(default_factory=list)
 
     def add(self, text: str) -> None:
         self.parts.append(text)
@@ -114,19 +125,18 @@ class Chart:
         if unit:
             self.text(self.x.end, self.y.begin + 32, unit, "tick unit", "end")
 
-    def marks(self, marks: Sequence[tuple[float, str, int]]) -> None:
-        """Vertical lines at (seconds, what was done, number); number 0: a thin line without one."""
+    def marks(self, marks: Sequence["NumberedMark"]) -> None:
+        """Vertical lines with their numbers above; of numbers that would cover each other the first is shown."""
         last = -math.inf
-        for at_s, text, count in marks:
-            x = self.x(at_s)
-            css = "fault" if count else "event"
+        for mark in marks:
+            x = self.x(mark.at_s)
             self.add(
-                f'<g class="{css}"><title>{escape(f"{at_s:.1f} s: {text}")}</title>'
-                f'<path d="M{at(x)} {at(self.y.end - 4)}V{at(self.y.begin)}"/>'
+                f'<g class="{"fault" if mark.is_fault else "event"}"><title>{escape(f"{mark.at_s:.1f} s: {mark.text}")}'
+                f'</title><path d="M{at(x)} {at(self.y.end - 4)}V{at(self.y.begin)}"/>'
             )
-            if count and x - last > 15:
+            if x - last > 15:
                 self.add(f'<circle cx="{at(x)}" cy="{at(self.y.end - 11)}" r="7.5"/>')
-                self.add(f'<text x="{at(x)}" y="{at(self.y.end - 7)}" text-anchor="middle">{count}</text>')
+                self.add(f'<text x="{at(x)}" y="{at(self.y.end - 7)}" text-anchor="middle">{mark.number}</text>')
                 last = x
             self.add("</g>")
 
@@ -138,7 +148,7 @@ class Chart:
         self.add(f'<path d="M{path}" class="line {css}"><title>{escape(label)}</title></path>')
         if label:
             x, y = points[-1]
-            self.text(self.x(x) + 6, self.y(y) + 4, label, f"label {css}")
+            self._labels.append((self.y(y) + 4, self.x(x) + 6, label, f"label {css}"))
 
     def level(self, value: float, text: str) -> None:
         """A dashed line across, for a limit."""
@@ -149,6 +159,11 @@ class Chart:
 
     def svg(self) -> str:
         """The drawing."""
+        low = -math.inf
+        for y, x, label, css in sorted(self._labels):  # names of lines that end together stand below each other
+            low = max(y, low + 13)
+            self.text(x, low, label, css)
+        self._labels.clear()
         return (
             f'<svg viewBox="0 0 {at(self.width)} {at(self.height)}" role="img" aria-label="{escape(self.title)}">'
             f"{''.join(self.parts)}</svg>"
@@ -176,7 +191,8 @@ def shades(
             while end < len(values) and _shade(values[end], high) == shade:
                 end += 1
             if shade >= 0:
-                x, right = chart.x(column * column_s), chart.x(end * column_s)
+                x = chart.x(column * column_s)
+                right = chart.x.end if end == len(values) else chart.x(end * column_s)  # the last has what is left
                 runs[shade].append(f"M{at(x)} {at(y)}h{at(right - x)}v{at(row_height - 0.4)}h-{at(right - x)}z")
             column = end
     for shade, run in enumerate(runs):

@@ -16,6 +16,7 @@ from loadtest.charts import (
     TOP,
     WIDTH,
     Chart,
+    NumberedMark,
     Scale,
     at,
     frame,
@@ -32,7 +33,7 @@ from loadtest.style import WORKER_COLOURS
 BARS_MAX: Final = 200
 LANES_MAX: Final = 96
 DOTS_MAX: Final = 1_000
-Numbered = Sequence[tuple[float, str, int]]
+Numbered = Sequence[NumberedMark]
 
 
 class Colours:
@@ -51,12 +52,8 @@ class Colours:
 
 
 def numbered(marks: Sequence[Mark]) -> Numbered:
-    """The marks with a number for each fault, from 1; 0 for what is no fault."""
-    found, count = [], 0
-    for mark in marks:
-        count += mark.is_fault
-        found.append((mark.at_s, mark.text, count if mark.is_fault else 0))
-    return found
+    """The marks with their numbers, from 1."""
+    return [NumberedMark(mark.at_s, mark.text, number, mark.is_fault) for number, mark in enumerate(marks, 1)]
 
 
 def workers_of(result: Result, story: Story) -> list[str]:
@@ -141,7 +138,7 @@ def heat_map(result: Result, heat: Heat, marks: Numbered) -> str:
     high = found[int(len(found) * 0.99)] if found else 1.0
     row_height = max(3.0, min(9.0, 460 / max(1, len(rates))))
     height = TOP + BOTTOM + row_height * len(rates)
-    across = Scale(0, max(result.duration_s, heat.column_s * columns), LEFT, WIDTH - RIGHT)
+    across = Scale(0, max(result.duration_s, 1e-3), LEFT, WIDTH - RIGHT)
     chart = Chart("Throughput of each shard over time", height, across, Scale(0, len(rates), TOP, height - BOTTOM))
     shades(chart, rates, TOP, row_height, heat.column_s, high)
     step = max(1, math.ceil(len(rates) / 16))
@@ -197,8 +194,9 @@ def _width_s(result: Result) -> float:
 
 
 def _span_s(result: Result, at_s: float, width_s: float) -> float:
-    """How much of a point's time the load lasted: the last one may be short."""
-    return max(min(width_s, result.duration_s - at_s), 0.05)
+    """How much time a point stands for: the last one has what is left."""
+    is_last = at_s == result.seconds[-1].at_s
+    return max(result.duration_s - at_s, 0.05) if is_last else width_s
 
 
 # --- latency ---------------------------------------------------------------------------------------------------

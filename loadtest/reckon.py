@@ -47,10 +47,13 @@ class Heat:
     rows: Sequence[Sequence[int]]
     per_row: int
     column_s: float
+    end_s: float
 
     def rate(self, row: int, column: int) -> float:
         """Good answers per second of one shard of that row, on average."""
-        return self.rows[row][column] / (self.per_row * self.column_s)
+        is_last = column == len(self.rows[row]) - 1
+        span_s = max(self.end_s - column * self.column_s, 0.05) if is_last else self.column_s
+        return self.rows[row][column] / (self.per_row * span_s)
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,13 @@ def heat(samples: Samples, shards: int, end_s: float) -> Heat:
     column_s = max(
         0.5, math.ceil(2 * end_s / HEAT_COLUMNS_MAX) / 2, min(math.ceil(2 * thin_s) / 2, end_s / HEAT_COLUMNS)
     )
-    columns = max(1, math.ceil(end_s / column_s))
+    columns = max(1, round(end_s / column_s))
     rows = [array("I", bytes(4 * columns)) for _ in range(math.ceil(shards / per_row))]
     width_us = column_s * 1e6
     for due_us, shard, flags in zip(samples.due_us, samples.shard, samples.flags, strict=True):
         if flags & OK:
             rows[shard // per_row][min(int(due_us / width_us), columns - 1)] += 1
-    return Heat(rows, per_row, column_s)
+    return Heat(rows, per_row, column_s, end_s)
 
 
 def percentile_curve(samples: Samples) -> list[tuple[float, float]]:
@@ -167,7 +170,7 @@ def _lost(story: Story, at_s: float, worker: str) -> frozenset[int]:
 def _points(samples: Samples, end_s: float) -> tuple[list[Point], Any]:
     """A point for each second (or more, in a long run), and the histogram of them all."""
     width_s = max(1, math.ceil(end_s / POINTS_MAX))
-    count = max(1, math.ceil(end_s / width_s))
+    count = max(1, round(end_s / width_s))  # a rest of less than half a point belongs to the last one
     histograms: list[Any] = [None] * count
     failed = [0] * count
     for due_us, latency_us, flags in zip(samples.due_us, samples.latency_us, samples.flags, strict=True):

@@ -277,7 +277,9 @@ def _surroundings(result: Result) -> str:
 
 def _mark_list(marks: Numbered) -> str:
     items = "".join(
-        f'<li><span class="k">{count}</span>{at_s:.1f} s {escape(text)}</li>' for at_s, text, count in marks if count
+        f'<li><span class="k{"" if mark.is_fault else " is-event"}">{mark.number}</span>'
+        f"{mark.at_s:.1f} s {escape(mark.text)}</li>"
+        for mark in marks
     )
     return f'<ul class="legend">{items}</ul>' if items else ""
 

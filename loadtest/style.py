@@ -82,7 +82,8 @@ svg .label.max{fill:var(--max)}
 .failed{fill:var(--bad)}
 .fault path{stroke:var(--bad);stroke-width:1.2;stroke-dasharray:4 3;fill:none}
 .fault circle{fill:var(--bad)} svg .fault text{fill:var(--card);font-size:10px;font-weight:700}
-.event path{stroke:var(--soft);stroke-width:1;stroke-dasharray:1 4;fill:none}
+.event path{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3;fill:none} .event circle{fill:var(--soft)}
+svg .event text{fill:var(--card);font-size:10px;font-weight:700}
 .handoff{fill:var(--p50);fill-opacity:.75;background:var(--p50)}
 .claim{fill:var(--p99);fill-opacity:.85;background:var(--p99)}
 .nobody{fill:var(--none);background:var(--none)}
@@ -91,6 +92,7 @@ list-style:none}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .legend .k{display:inline-block;min-width:17px;height:17px;line-height:17px;border-radius:9px;background:var(--bad);
 color:var(--card);text-align:center;font-size:10px;font-weight:700;margin-right:6px;padding:0 4px}
+.legend .is-event{background:var(--soft)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:0 28px}
 footer{color:var(--soft);font-size:13px;margin-top:18px}
 @media print{body{background:#fff}section{break-inside:avoid}}
