@@ -154,7 +154,7 @@ _FILE: Final = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--generators",
     type=click.IntRange(1, 64),
-    help="Processes that send.  [default: one for 2,000 requests/s]",
+    help="Processes that send.  [default: one for 2,000 requests/s, 700 through the client]",
     show_default=False,
 )
 @click.option(

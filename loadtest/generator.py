@@ -30,6 +30,7 @@ from loadtest.messages import Begin, Done, Keys, Ready, Report, Second, Stop, Ta
 from loadtest.pacer import pacer
 from loadtest.samples import OK, POST, Samples
 from loadtest.schedule import Schedule
+from loadtest.through_client import ClientRoute
 from loadtest.wire import Request, Route, RouterRoute
 
 SWEEP_S: Final = 0.25
@@ -237,7 +238,8 @@ class Generator:
 
 
 def _route(task: Task, generator: Generator) -> Route:
-    assert task.through == "router", f"no way through {task.through!r}"
+    if task.through == "client":
+        return ClientRoute(task.store, task.cluster, task.path, generator)
     return RouterRoute(task.routers, task.path, generator, connections_max=task.connections_max)
 
 
