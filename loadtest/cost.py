@@ -22,7 +22,7 @@ from typing import Final
 import orjson
 
 from loadtest import machine, peers, wrk
-from loadtest.processes import LOOPBACK, Pinned, cores, cpu_time, free_ports, pin, started
+from loadtest.processes import LOOPBACK, cores, cpu_time, free_ports, pin, started
 from shardlead.errors import CommandError, ShardleadError
 from shardlead.testing import LocalCluster
 
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest cost", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small GETs at 32 connections alone, under 50 s")
     parser.add_argument("--rounds", type=int, default=0, help=f"how many ({ROUNDS}; quick: {QUICK_ROUNDS})")
-    parser.add_argument("--round-s", type=float, default=0.0, help=f"seconds each ({ROUND_S:g}; quick: {QUICK_ROUND_S:g})")
+    parser.add_argument(
+        "--round-s", type=float, default=0.0, help=f"seconds each ({ROUND_S:g}; quick: {QUICK_ROUND_S:g})"
+    )
     parser.add_argument("--targets", default=",".join(TARGETS), help="which, with commas between")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     asked = parser.parse_args(arguments)

@@ -116,7 +116,13 @@ class Pinned:
 
 @contextlib.contextmanager
 def started(
-    name: str, command: Sequence[str], *, core: int, folder: Path, port: int, environment: Mapping[str, str] | None = None
+    name: str,
+    command: Sequence[str],
+    *,
+    core: int,
+    folder: Path,
+    port: int,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Pinned]:
     """Run a program on one core until the block is left; entered once it listens on `port`. Raises CommandError."""
     log = folder / f"{name}.log"
