@@ -39,6 +39,12 @@ class Body:
         if self.length < 0 and not self.is_whole:
             self.is_large = True
 
+    def take_whole(self, data: bytes) -> None:
+        """Keep a short one that has come whole."""
+        self._kept.append(data)
+        self.kept_bytes = self.total_bytes = len(data)
+        self.is_whole = True
+
     def keep(self, data: bytes) -> bool:
         """Keep a piece. True: as much is kept as may be, so no more should come for now."""
         self._kept.append(data)

@@ -34,7 +34,8 @@ from shardlead.errors import RingError
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.hold import Gate
-from shardlead.router.pool import Pools
+from shardlead.router.pool import Pool, Pools
+from shardlead.router.upstream import Upstream
 
 log = logging.getLogger("shardlead.router")
 
@@ -99,6 +100,31 @@ class Dispatch:
             self._send(exchange, leader)
         else:
             self._go_on(exchange, Happened.ARRIVED)
+
+    def take_at_once(self, key: bytes, *, is_safe: bool, size: int) -> tuple[Upstream, Pool, Leader, int] | None:
+        """For an ordinary request with a body of so many bytes, which count as kept from now on: an idle connection to
+        the leader of the key's shard, and that leader and shard. None: something about it is not ordinary."""
+        try:
+            _, shard, leader = self._view.map.route(key)
+        except RingError:
+            return None
+        if leader is None or not leader.address or shard in self.gates or (size and not self.keep(size)):
+            return None
+        pool = self.pools.find((leader.worker, leader.address))
+        if pool is None:
+            return None
+        connection = pool.take_idle(must_be_alive=not is_safe)
+        if connection is None:
+            self.counts.kept_bytes -= size
+            return None
+        return connection, pool, leader, shard
+
+    def answered_at_once(self, since_ns: int, size: int) -> None:
+        """An ordinary request of `take_at_once` has been answered."""
+        counts = self.counts
+        counts.answered += 1
+        counts.kept_bytes -= size
+        counts.request_durations.add((self._clock.now_ns() - since_ns) / NS_PER_S)
 
     def happened(self, exchange: Exchange, what: Happened) -> None:
         self._go_on(exchange, what)

@@ -15,6 +15,8 @@ from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import ANSWERING, COLLECTING, DONE, SENT, WAITING, Exchange
+from shardlead.router.express import Express, ExpressDesk
+from shardlead.router.forwarded import Forwarder
 from shardlead.router.intake import Intake, Readings
 from shardlead.router.problems import problem_bytes
 
@@ -28,6 +30,8 @@ class Front(Readings, Protocol):
 
     @property
     def counts(self) -> Counts: ...
+    @property
+    def desk(self) -> ExpressDesk: ...
     @property
     def is_stopping(self) -> bool: ...
 
@@ -45,6 +49,7 @@ class Downstream(asyncio.Protocol):
 
     __slots__ = (
         "_current",
+        "_express",
         "_front",
         "_intake",
         "_is_advancing",
@@ -54,6 +59,7 @@ class Downstream(asyncio.Protocol):
         "_peer",
         "_transport",
         "_tunnel",
+        "forwarder",
         "is_full",
     )
 
@@ -64,6 +70,7 @@ class Downstream(asyncio.Protocol):
         self._intake: Intake  # from connection_made on
         self._current: Exchange | None = None
         self._tunnel: Exchange | None = None
+        self._express = Express(front, self)
         self._is_advancing = False
         self._lingers_s = 0.0  # nothing but the client's leaving is awaited any more, and for no longer than this
         self._is_reading = True
@@ -84,7 +91,8 @@ class Downstream(asyncio.Protocol):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         front = self._front
-        self._intake = Intake(front, self, self._peer)
+        self.forwarder = Forwarder(front.settings.forwarded, self._peer)
+        self._intake = Intake(front, self, self.forwarder)
         refusal = front.admit(self, self._peer)
         if refusal:
             self._refuse(RequestError(Problem.OVERLOADED, refusal, status=503))
@@ -94,7 +102,15 @@ class Downstream(asyncio.Protocol):
             self._mark_s = self._front.now_s
             self._tunnel.client_tunnelled(data)
             return
-        self._intake.feed(data)
+        express = self._express
+        if express.connection is not None:
+            express.expand()
+        if self._current is None and not self.is_full and not self._lingers_s and not self._intake.came:
+            self._intake.feed(data, express)
+            if express.connection is not None:
+                return
+        else:
+            self._intake.feed(data)
         self._advance()
 
     def eof_received(self) -> bool:
@@ -103,6 +119,8 @@ class Downstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self._transport = None
         self._front.forget(self, self._peer)
+        if self._express.connection is not None:
+            self._express.expand()
         current, self._current = self._current, None
         tunnel, self._tunnel = self._tunnel, None
         for exchange in (current, tunnel, *self._intake.came):
@@ -112,6 +130,8 @@ class Downstream(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_full = True
+        if self._express.connection is not None:
+            self._express.expand()
         exchange = self._tunnel or self._current
         if exchange is not None:
             exchange.client_full()
@@ -124,6 +144,13 @@ class Downstream(asyncio.Protocol):
             exchange.client_drained()
 
     # --- turns
+
+    def turn_over(self) -> None:
+        self._mark_s = self._intake.head_since_s = self._front.now_s
+
+    def take_over(self, exchange: Exchange) -> None:
+        self._current = exchange
+        self._mark_s = self._front.now_s
 
     def _advance(self) -> None:
         """Give the next request its turn, for as long as they can be answered at once."""
@@ -251,6 +278,8 @@ class Downstream(asyncio.Protocol):
 
     def check(self, now_s: float) -> None:
         """Called about once a second: end what has taken too long."""
+        if self._express.connection is not None:  # it takes its time: no ordinary request any more
+            self._express.expand()
         settings = self._front.settings
         still_s = now_s - self._mark_s
         if self._lingers_s:

@@ -352,7 +352,7 @@ class Exchange:
         if status == 204:
             framing = b""
         elif head.length >= 0:
-            framing = b"Content-Length: %d\r\n" % head.length
+            framing = b""  # its own stands among the fields
         elif request.is_http_11 and (head.is_chunked or status != 304):
             self._is_chunking = request.method != b"HEAD" and status != 304
             framing = b"Transfer-Encoding: chunked\r\n" if self._is_chunking or head.is_chunked else b""

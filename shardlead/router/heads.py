@@ -8,7 +8,6 @@ runtimes can speak the contract. Framing is our own on both sides: a message lea
 one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -70,7 +69,7 @@ _OF_ANSWERS: Final = {
     contract.OUTCOME.lower().encode(): OUTCOME,
 }
 _RESERVED: Final = contract.RESERVED_PREFIX.encode()
-_NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
+_NOT_IN_HOSTS: Final = b' \t,/@?#"<>\\'
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
 _LENGTH_DIGITS_MAX: Final = 20  # of 64 bits; leading zeros count, for Python converts no more than 4,300 digits
@@ -85,7 +84,13 @@ class Kinds:
         self._by_name = by_name | {name: by_name.get(name, PASS) | KEY_BIT for name in key_headers}
         self._by_spelling: dict[bytes, int] = {}
 
+    def of(self, name: bytes) -> int:
+        """The kind of a field."""
+        kind = self._by_spelling.get(name)
+        return self.learn(name) if kind is None else kind
+
     def learn(self, name: bytes) -> int:
+        """The kind of a field whose spelling is not known yet."""
         lower = name.lower()
         kind = self._by_name.get(lower)
         if kind is None:
@@ -134,6 +139,11 @@ class RequestHead:
     @property
     def has_body(self) -> bool:
         return self.is_chunked or self.length > 0
+
+
+def is_host(host: bytes) -> bool:
+    """Whether a Host field's value can be one, as far as a router must know."""
+    return host.translate(None, _NOT_IN_HOSTS) == host
 
 
 def read_request(
@@ -202,7 +212,7 @@ def read_request(
         if is_http_11:
             raise RequestError(Problem.BAD_REQUEST, "no Host field")
         host = b""
-    elif any(character in host for character in b' \t,/@?#"<>\\'):
+    elif not is_host(host):
         raise RequestError(Problem.BAD_REQUEST, "a Host that is none")
     is_keep_alive = is_http_11
     has_upgrade = bool(upgrade)
@@ -262,7 +272,8 @@ def _without(parts: list[bytes], options: list[bytes], kinds: Kinds) -> list[byt
 
 @dataclass(slots=True)
 class AnswerHead:
-    """A worker's answer's head, understood. `fields` pass on as they are. `length` -1: none given."""
+    """A worker's answer's head, understood. `fields` pass on as they are, Content-Length among them. `length` -1: none
+    given."""
 
     status: int
     fields: list[bytes]
@@ -274,6 +285,16 @@ class AnswerHead:
     epoch: int
     leader: bytes
     outcome: bytes
+
+
+def _without_length(parts: list[bytes]) -> list[bytes]:
+    """An answer's fields without Content-Length: a 1xx or 204 has none (RFC 9110, 8.6)."""
+    return [
+        piece
+        for at in range(0, len(parts), 4)
+        if parts[at].lower() != b"content-length"
+        for piece in parts[at : at + 4]
+    ]
 
 
 def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
@@ -297,6 +318,7 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
             if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Content-Length is not one number")
             length = int(value)
+            parts += (name, b": ", b"%d" % length, b"\r\n")
         elif kind == TRANSFER_ENCODING:
             if is_chunked or value.strip().lower() != b"chunked":
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Transfer-Encoding is not understood")
@@ -315,6 +337,8 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
             outcome = value
     if is_chunked and length >= 0:
         raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has two framings")
+    if length >= 0 and (status < 200 or status == 204):
+        parts = _without_length(parts)
     if options:
         is_last = b"close" in options
         parts = _without(parts, options, kinds)

@@ -10,12 +10,14 @@ never "maybe processed".
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from shardlead.config import RouterSettings, split_address
 from shardlead.core.shardmap import ShardMap
 from shardlead.router.counts import Counts
 from shardlead.router.heads import Kinds, answer_kinds
+from shardlead.router.plans import AnswerPlan, Plans, answer_plans
 from shardlead.router.upstream import Taker, Upstream
 
 SKIP_S: Final = 2.0  # how long the rest of a refusal may take to come, for its connection to be used again
@@ -32,6 +34,7 @@ class Pool:
         connections_max: int,
         connect_timeout_s: float,
         kinds: Kinds,
+        plans: Plans[AnswerPlan],
         counts: Counts,
         tasks: asyncio.TaskGroup,
     ) -> None:
@@ -47,6 +50,7 @@ class Pool:
         self._connections_max = connections_max
         self._connect_timeout_s = connect_timeout_s
         self._kinds = kinds
+        self._plans = plans
         self._counts = counts
         self._tasks = tasks
         self._endpoint = split_address(address)  # None: a worker's record may say anything
@@ -63,17 +67,24 @@ class Pool:
 
     def take(self, taker: Taker, *, must_be_alive: bool) -> None:
         """Call `taker.connected` with a connection, now or later; or `taker.not_connected`, later."""
+        connection = self.take_idle(must_be_alive=must_be_alive)
+        if connection is not None:
+            connection.taker = taker
+            taker.connected(connection)
+            return
+        self.waiting.append(taker)
+        self._open_more()
+
+    def take_idle(self, *, must_be_alive: bool) -> Upstream | None:
+        """An idle connection, which is busy from now on; None if there is none."""
         while self.idle:
             connection = self.idle.pop()
             if connection.transport is None or (must_be_alive and not connection.is_alive()):
                 connection.close()
                 continue
-            connection.taker = taker
             self.busy[connection] = None
-            taker.connected(connection)
-            return
-        self.waiting.append(taker)
-        self._open_more()
+            return connection
+        return None
 
     def withdraw(self, taker: Taker) -> bool:
         """It does not wait any more; False if it did not."""
@@ -173,7 +184,9 @@ class Pool:
             if self._endpoint is None:
                 raise ValueError(f"not an address: {self.address}")
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Upstream(self, self._kinds), *self._endpoint)
+                _, connection = await loop.create_connection(
+                    lambda: Upstream(self, self._kinds, self._plans), *self._endpoint
+                )
         except (OSError, TimeoutError, ValueError) as exc:  # UnicodeError: a host that no name service could know
             self._counts.connects["timed-out" if isinstance(exc, TimeoutError) else "failed"] += 1
             return None
@@ -189,7 +202,10 @@ class Pools:
         self._counts = counts
         self._tasks = tasks
         self._kinds = answer_kinds()
+        self._plans = answer_plans(self._kinds)
         self._pools: dict[tuple[str, str], Pool] = {}
+        self.find: Callable[[tuple[str, str]], Pool | None] = self._pools.get
+        """The pool of a worker and its address, if there is one."""
 
     def values(self) -> tuple[Pool, ...]:
         """All pools."""
@@ -205,6 +221,7 @@ class Pools:
                 connections_max=self._settings.upstream_connections_max,
                 connect_timeout_s=self._settings.connect_timeout_s,
                 kinds=self._kinds,
+                plans=self._plans,
                 counts=self._counts,
                 tasks=self._tasks,
             )

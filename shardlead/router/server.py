@@ -8,6 +8,7 @@ than the request. Stopping: no new connections, requests under way end, answers 
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from shardlead.router.dispatch import Dispatch
 from shardlead.router.downstream import Downstream
 from shardlead.router.exchange import Exchange
 from shardlead.router.heads import request_kinds
+from shardlead.router.plans import request_plans
 
 log = logging.getLogger("shardlead.router")
 
@@ -49,6 +51,7 @@ class Router:
         self.counts = counts if counts is not None else Counts()
         self.rules = KeyRules.parse(settings.key_rules)
         self.kinds = request_kinds(self.rules.headers)
+        self.plans = request_plans(self.kinds, settings.headers_max)
         self.is_stopping = False
         self.now_ns: Callable[[], int] = clock.now_ns
         self.now_s = clock.now_ns() / NS_PER_S
@@ -59,7 +62,7 @@ class Router:
         self._server: asyncio.Server | None = None
         self._connections: dict[Downstream, None] = {}  # a set that keeps its order
         self._peers: Counter[str] = Counter()
-        self._number = 0
+        self.next_number: Callable[[], int] = itertools.count(1).__next__
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._left = asyncio.Event()
@@ -181,10 +184,6 @@ class Router:
     def desk(self) -> Dispatch:
         assert self._desk is not None
         return self._desk
-
-    def next_number(self) -> int:
-        self._number += 1
-        return self._number
 
     def admit(self, connection: Downstream, peer: str) -> str:
         self._connections[connection] = None

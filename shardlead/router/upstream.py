@@ -18,6 +18,7 @@ import httptools
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
 from shardlead.router.heads import AnswerHead, Kinds, read_answer
+from shardlead.router.plans import AnswerPlan, Plans, is_whole_answer, split_fields, without_keep_alive
 
 log = logging.getLogger("shardlead.router")
 
@@ -65,6 +66,18 @@ class Taker(Protocol):
         """Go on writing."""
 
 
+class Quick(Taker, Protocol):
+    """An ordinary request, whose answer may come whole."""
+
+    @property
+    def is_over_soon(self) -> bool:
+        """Whether the answer must say that the client's connection ends, so that it cannot pass as it is."""
+        ...
+
+    def answered(self, data: bytes) -> None:
+        """This is the answer, as it goes to the client; the connection has gone home."""
+
+
 class Home(Protocol):
     """Where connections of one worker are kept: `pool.Pool`."""
 
@@ -87,31 +100,39 @@ class Upstream(asyncio.Protocol):
     __slots__ = (
         "_bare_bytes",
         "_eof_ends",
-        "_fields",
         "_head",
         "_is_answering",
         "_is_done",
+        "_is_lazy",
         "_is_paused",
         "_is_skipping",
         "_is_tunnel",
         "_kinds",
+        "_lazy_body",
         "_parser",
         "_phrase",
+        "_plans",
         "_poll",
+        "_raw",
+        "_seen",
         "expects_bodiless",
         "idle_since_s",
         "is_reusable",
         "is_sent",
         "is_used",
+        "on_header",
         "pool",
+        "quick",
         "taker",
         "transport",
     )
 
-    def __init__(self, pool: Home, kinds: Kinds) -> None:
+    def __init__(self, pool: Home, kinds: Kinds, plans: Plans[AnswerPlan]) -> None:
         self.pool = pool
         self._kinds = kinds
+        self._plans = plans
         self.taker: Taker | None = None
+        self.quick: Quick | None = None  # the taker, if its request is an ordinary one
         self.transport: asyncio.Transport | None = None
         self.is_reusable = True
         self.is_used = False
@@ -123,9 +144,13 @@ class Upstream(asyncio.Protocol):
         self._is_tunnel = False
         self._is_paused = False
         self._is_done = False
+        self._is_lazy = False  # an ordinary request's answer has begun in this packet, and nobody was told so far
+        self._lazy_body: list[bytes] = []
         self._eof_ends = False
         self._bare_bytes = 0
-        self._fields: list[tuple[bytes, bytes]] = []
+        self._seen: dict[bytes, bytes] = {}  # the fields by name, of which some may stand there twice
+        self.on_header = self._seen.__setitem__  # for the parser: no frame of Python for each field
+        self._raw = b""  # what has come of heads since the last whole one
         self._head: AnswerHead | None = None
         self._phrase = b""
         self._poll: select.poll | None = None
@@ -152,11 +177,15 @@ class Upstream(asyncio.Protocol):
             self.abort()  # a worker that speaks without being asked
             return
         self._bare_bytes += len(data)
+        if not self._is_answering:
+            self._raw = self._raw + data if self._raw else data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             self._switch(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
+            if self._is_lazy:
+                self._catch_up()
             # Nonsense, an answer nobody asked for, or data after `Connection: close`. An answer that was whole
             # before it is good; the connection is not.
             if isinstance(exc, httptools.HttpParserCallbackError) and not isinstance(exc.__context__, RequestError):
@@ -164,6 +193,10 @@ class Upstream(asyncio.Protocol):
             self.is_reusable = False
             if not self._is_done:
                 self.abort()
+        if self._is_lazy:
+            if self._is_done and self._answer_whole(data):
+                return
+            self._catch_up()
         if self._is_done:
             self._complete()
         elif self._bare_bytes > BARE_BYTES_MAX:
@@ -194,22 +227,26 @@ class Upstream(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "an answer that nobody asked for")
-        self._fields = []
+        self._seen.clear()
         self._phrase = b""
         self._head = None
 
     def on_status(self, phrase: bytes) -> None:
         self._phrase += phrase
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head is None:  # else: a trailer
-            self._fields.append((name, value))
-            if len(self._fields) > ANSWER_FIELDS_MAX:
-                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
-
     def on_headers_complete(self) -> None:
         self._bare_bytes = 0
-        head = self._head = read_answer(self._parser.get_status_code(), self._fields, self._kinds)
+        if self.quick is not None and self._parser.get_status_code() >= 200:
+            self._is_lazy = True
+            return
+        self._begin_answer()
+
+    def _begin_answer(self) -> None:
+        lines, _, self._raw = self._raw.lstrip(b"\r\n").partition(b"\r\n\r\n")
+        fields = split_fields(lines)
+        if len(fields) > ANSWER_FIELDS_MAX:
+            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
+        head = self._head = read_answer(self._parser.get_status_code(), fields, self._kinds)
         status = head.status
         if status < 100 or (self._phrase != b"OK" and _CONTROL.search(self._phrase)):
             raise RequestError(Problem.UPSTREAM_FAILED, "the worker's status line is none")
@@ -230,10 +267,15 @@ class Upstream(asyncio.Protocol):
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "a body where there is none")
         self._bare_bytes = 0
-        if self.taker is not None:
+        if self._is_lazy:
+            self._lazy_body.append(data)
+        elif self.taker is not None:
             self.taker.answer_continued(data)
 
     def on_message_complete(self) -> None:
+        if self._is_lazy:
+            self._is_done = True
+            return
         head = self._head
         if head is None:
             return
@@ -242,15 +284,64 @@ class Upstream(asyncio.Protocol):
         elif head.status != 101 and self.taker is not None:
             self.taker.informed(head, self._phrase)
 
+    def _answer_whole(self, data: bytes) -> bool:
+        """An ordinary request's answer has come in one packet: pass it on as it is, if it is an ordinary one, too."""
+        quick = self.quick
+        fields = self._seen
+        plan = self._plans.of(tuple(fields))
+        body = self._lazy_body
+        body_bytes = 0 if not body else len(body[0]) if len(body) == 1 else sum(map(len, body))
+        status = self._parser.get_status_code()
+        if (
+            plan is None
+            or quick is None
+            or quick.is_over_soon
+            or status == 204
+            or status == 304
+            or self._raw is not data
+            or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)
+        ):
+            return False
+        if plan.connection:
+            data = without_keep_alive(data, plan.connection, fields[plan.connection])
+            if not data:
+                return False
+        self._is_done = self._is_lazy = False
+        self._bare_bytes = 0
+        self._raw = b""
+        if body:
+            body.clear()
+        self.taker = self.quick = None
+        self.pool.give_back(self)
+        quick.answered(data)
+        return True
+
+    def _catch_up(self) -> None:
+        """It is not an ordinary answer, or not whole yet: tell of it what has come."""
+        self._is_lazy = False
+        body, self._lazy_body = self._lazy_body, []
+        is_done, self._is_done = self._is_done, False
+        try:
+            self._begin_answer()
+        except RequestError:
+            self._is_done = False
+            self.abort()
+            return
+        for data in body:
+            if self.taker is not None:
+                self.taker.answer_continued(data)
+        self._is_done = is_done
+
     def _complete(self) -> None:
         if self.expects_bodiless:
             self.expects_bodiless = False
             self._parser = httptools.HttpResponseParser(self)
         self._is_done = self._is_answering = self._is_skipping = self._eof_ends = False
         self._bare_bytes = 0
+        self._raw = b""
         self._head = None
         taker = self.taker
-        self.taker = None
+        self.taker = self.quick = None
         self.resume()
         # Back into the pool first: the next request of the same client may want it at once.
         self.pool.give_back(self)
@@ -291,7 +382,7 @@ class Upstream(asyncio.Protocol):
 
     def detach(self) -> None:
         """The taker wants no more of this answer; the rest is skipped and the connection used again if it can be."""
-        self.taker = None
+        self.taker = self.quick = None
         if self.is_reusable and self.is_sent and self._is_answering:
             self._is_skipping = True
             self.idle_since_s = self.pool.now_s
@@ -315,7 +406,7 @@ class Upstream(asyncio.Protocol):
 
     def _leave(self) -> Taker | None:
         taker = self.taker
-        self.taker = None
+        self.taker = self.quick = None
         self._is_skipping = False
         self.is_reusable = False
         self.pool.forget(self)

@@ -74,13 +74,17 @@ def test_a_requests_head_is_understood_or_refused(
 @examples(300)
 @given(st.integers(0, 999), FIELDS)
 def test_an_answers_head_is_understood_or_refused(status: int, fields: Any) -> None:
-    """RequestError, or an answer whose fields that pass are the application's own."""
+    """RequestError, or an answer whose fields that pass are the application's own, and Content-Length once, where it
+    may stand."""
     try:
         head = read_answer(status, fields, answer_kinds())
     except RequestError:
         return
     lines = _lines(b"".join(head.fields))
-    framing = (b"connection:", b"te:", b"transfer-encoding:", b"content-length:", b"upgrade:")
+    framing = (b"connection:", b"te:", b"transfer-encoding:", b"upgrade:")
+    lengths = [line for line in lines if line.startswith(b"content-length:")]
+    has_length = head.length >= 0 and status >= 200 and status != 204
+    assert lengths == ([b"content-length: %d" % head.length] if has_length else [])
     assert not [line for line in lines if line.startswith((b"shardlead-", *framing))]
     assert not (head.is_chunked and head.length >= 0)
     assert 0 <= head.epoch < 10**20

@@ -23,12 +23,16 @@ from shardlead.router.counts import Counts
 from shardlead.router.downstream import Downstream
 from shardlead.router.exchange import Exchange
 from shardlead.router.heads import answer_kinds, request_kinds
+from shardlead.router.plans import answer_plans, request_plans
+from shardlead.router.pool import Pool
 from shardlead.router.upstream import Taker, Upstream
 from tests.router.support import SETTINGS, Listener
 from tests.support.fuzz import bent_bytes, cut, examples
 
 FUZZED: Final = replace(SETTINGS, keyless="any", body_bytes_max=1_000, head_bytes_max=4_096, headers_max=20)
 LEADER: Final = Leader("w1", "s1", 9, "10.0.0.1:80", 9)
+KINDS: Final = answer_kinds()
+PLANS: Final = answer_plans(KINDS)
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 SWITCHING: Final = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n"
 
@@ -180,15 +184,19 @@ class Workers:
         self.requests: list[tuple[bytes, bytes, bytes]] = []
 
     def take(self, taker: Taker, *, must_be_alive: bool) -> None:
+        connection = self.take_idle()
+        connection.taker = taker
+        taker.connected(connection)
+
+    def take_idle(self) -> Upstream:
         if self.idle:
             connection = self.idle.pop()
         else:
-            connection = Upstream(self, answer_kinds())
+            connection = Upstream(self, KINDS, PLANS)
             self.ends[connection] = (Wire(), Worker(self.script, self.requests))
             connection.connection_made(self.ends[connection][0])
-        connection.taker = taker
         self.busy.add(connection)
-        taker.connected(connection)
+        return connection
 
     def withdraw(self, taker: Taker) -> bool:
         return False
@@ -235,6 +243,13 @@ class Desk:
         self.open.add(exchange)
         exchange.send(LEADER, self.workers, must_be_alive=False)  # type: ignore[arg-type]  # a pool to all that is used
 
+    def take_at_once(self, key: bytes, *, is_safe: bool, size: int) -> tuple[Upstream, Pool, Leader, int] | None:
+        self.keep(size)
+        return self.workers.take_idle(), self.workers, LEADER, 3  # type: ignore[return-value]  # as above
+
+    def answered_at_once(self, since_ns: int, size: int) -> None:
+        self.keep(-size)
+
     def happened(self, exchange: Exchange, what: Happened) -> None:
         exchange.detach()
         if what is Happened.TORN:
@@ -270,6 +285,7 @@ class Front:
     settings = FUZZED
     rules = KeyRules.parse(FUZZED.key_rules)
     kinds = request_kinds(rules.headers)
+    plans = request_plans(kinds, FUZZED.headers_max)
     is_stopping = False
     now_s = 0.0
 
