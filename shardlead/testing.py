@@ -7,8 +7,10 @@
         await cluster.wait_led(timeout_s=2)
 
 Nothing in it is simulated: a store, workers with their parents, routers, each a process on free loopback ports. With
-pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`. For the opposite, many machines
-in one thread with a virtual clock and a simulated network, there is `VirtualLoop` (see `shardlead.virtual`).
+pytest, `pytest_plugins = ["shardlead.testing"]` gives the fixture `shardlead_cluster`. With the setting
+`worker.audit_dir` the workers write audit logs, which `shardlead.verify` holds against "never two leaders". For the
+opposite, many machines in one thread with a virtual clock and a simulated network, there is `VirtualLoop` (see
+`shardlead.virtual`).
 
 Law: whatever happens, leaving the block ends every process (see `processes`). Every wait is bounded; one that fails
 shows what the processes said last.

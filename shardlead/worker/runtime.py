@@ -249,10 +249,10 @@ class Worker:
 
     async def _enter(self) -> None:
         settings = self._settings
-        if settings.worker.audit_dir:
+        self._shape = await ensure_shape(self._store, self._keyspace, settings.cluster, self._explicit)
+        if settings.worker.audit_dir:  # once the store has answered: who tries to join again and again leaves no files
             self._audit = AuditLog.open(settings.worker.audit_dir, self.name, self._clock)
             self._stack.callback(self._audit.close)
-        self._shape = await ensure_shape(self._store, self._keyspace, settings.cluster, self._explicit)
         self._factory = await self._stack.enter_async_context(self._application.factory())
         self._host = await self._stack.enter_async_context(
             Host(

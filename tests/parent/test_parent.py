@@ -119,25 +119,37 @@ def stage() -> Iterator[Stage]:
         yield Stage(stack)
 
 
+def born(pid: int) -> tuple[int, str]:
+    """A process and when it began, for numbers come again; no time if there is none."""
+    done = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10, check=False
+    )
+    return pid, done.stdout.strip()
+
+
 @pytest.mark.parametrize("is_pid_1", [False, True])
 def test_nothing_outlives_its_test(is_pid_1: bool, request: pytest.FixtureRequest) -> None:
     """However far it has come: parent, worker and what the worker has forked are gone, as PID 1 too."""
     prefix = request.getfixturevalue("as_pid_1") if is_pid_1 else []
-    seen: set[int] = set()
+    seen: set[tuple[int, str]] = set()
+
+    def see(process: "subprocess.Popen[bytes]") -> None:
+        seen.update(map(born, watchdog.members([process.pid])))
+
     with ExitStack() as stack:
-        family = Stage(stack).start(Plan(fork=True, end="signals"), prefix=prefix)
-        seen |= watchdog.members([family.process.pid])
+        see(Stage(stack).start(Plan(fork=True, end="signals"), prefix=prefix).process)
     with ExitStack() as stack:
         mute = Stage(stack).spawn(prefix=prefix)  # its worker waits for a plan
         wait_until(lambda: len(watchdog.members([mute.process.pid])) >= 2 + is_pid_1, "it does not come up")
-        seen |= watchdog.members([mute.process.pid])
+        see(mute.process)
     with ExitStack() as stack:
         orphan = Stage(stack).start(Plan(fork=True, end="signals"), prefix=prefix)
-        seen |= watchdog.members([orphan.process.pid])
+        see(orphan.process)
         orphan.process.kill()
         orphan.end()
     assert len(seen) >= 8
-    assert not seen & {row.pid for row in watchdog.table() if row.state not in "ZX"}
+    living = {row.pid for row in watchdog.table() if row.state not in "ZX"}
+    assert not seen & {born(pid) for pid, _ in seen if pid in living}
 
 
 class Registry:

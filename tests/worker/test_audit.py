@@ -331,7 +331,7 @@ def test_admit_is_written_too(tmp_path: Path) -> None:
 
 
 def test_a_worker_with_a_bad_folder_does_not_join(tmp_path: Path) -> None:
-    """It says so before it has touched the store."""
+    """It says so before it has a record in the store."""
 
     async def act(scene: Scene) -> None:
         (tmp_path / "file").touch()

@@ -1,11 +1,13 @@
-"""What the workers of these tests host: lists and counts, kept in their leader's memory and written whole.
+"""What the workers of these tests host: lists and counts, written whole.
 
     POST /lists/{key}   appends the body, a word      GET /lists/{key}   the list
     POST /counts/{key}  adds one                      GET /counts/{key}  the count
-    answers {"value", "shard", "epoch", "worker"}; `?think=0.2` lets a POST wait between what it reads and writes
+    answers {"value", "shard", "epoch", "worker"}; `?think=0.2` lets a POST wait between what it reads and writes, and
+    `?stored` lets a GET read the file instead of the memory
 
 A leader that works on after another has taken over writes its stale list over the other's: what a fence is for.
-`Fenced` has one, `Unfenced` has the guard alone. Reads come from memory: guard and epochs must keep them fresh. A write
+`Fenced` has one, and keeps in memory what it has written: memory and file must say the same, as guard and epochs
+promise. `Unfenced` has the guard alone, and reads the file before each write, so that what is lost stays lost. A write
 that has begun goes on though its handler is cancelled, as it does in a thread or on a socket.
 
 Steered by files in the folder that SHARDLEAD_TEST_FOLDER names: while `hold-write-<worker>` exists, a write of that
@@ -43,6 +45,7 @@ SCHEMA: Final = (
        (shard INTEGER, key TEXT, value TEXT NOT NULL, PRIMARY KEY (shard, key)) WITHOUT ROWID""",
 )
 _LOAD: Final = "SELECT name, value FROM kept WHERE shard = ?"
+_LOOK: Final = "SELECT value FROM kept WHERE shard = ? AND name = ?"
 _STORE: Final = "INSERT OR REPLACE INTO kept (shard, name, value) VALUES (?, ?, ?)"
 _ANSWERED: Final = "SELECT value FROM answers WHERE shard = ? AND key = ?"
 _ANSWER: Final = "INSERT INTO answers (shard, key, value) VALUES (?, ?, ?)"
@@ -63,7 +66,8 @@ def stored(file: Path) -> dict[str, Any]:
 class Kept:
     """One shard's lists and counts; subclasses say how they are loaded and written."""
 
-    idempotent: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = True  # what carries an Idempotency-Key is done once
+    has_memory: ClassVar[bool] = True
 
     def __init__(self, lead: Leadership) -> None:
         self.lead = lead
@@ -71,10 +75,18 @@ class Kept:
         self._turn = asyncio.Lock()
         self._writes: set[asyncio.Task[Any]] = set()
 
+    async def read(self, name: str) -> str | None:
+        """What the file holds."""
+        raise NotImplementedError
+
     async def store(self, name: str, value: Any, key: str) -> str | None:
         """Write it whole, with the answer to `key` if there is one; the answer that stands there already, if one
         does."""
         raise NotImplementedError
+
+    async def _read(self, name: str, empty: Any) -> Any:
+        found = await self.read(name)
+        return empty if found is None else orjson.loads(found)
 
     async def _store(self, name: str, value: Any, key: str) -> Any:
         """Store it, whoever waits for it or not; what is answered: the value, or an older one."""
@@ -93,10 +105,13 @@ class Kept:
         name = request.path.strip("/")
         empty: Any = [] if name.startswith("lists/") else 0
         if request.method == "GET":
-            return self._answer(self.values.get(name, empty))
+            if self.has_memory and "stored" not in request.query:
+                return self._answer(self.values.get(name, empty))
+            async with self._turn:  # a write under way may be in the file before it is in the memory
+                return self._answer(await self._read(name, empty))
         word = await request.text()
         async with self._turn:
-            before = self.values.get(name, empty)
+            before = self.values.get(name, empty) if self.has_memory else await self._read(name, empty)
             value = [*before, word] if isinstance(before, list) else before + 1
             await asyncio.sleep(float(request.query.get("think", "0")))
             try:
@@ -142,6 +157,10 @@ class FencedKept(Kept):
         rows = await self._fence.read(lambda tx: tx.execute(_LOAD, (self.lead.shard,)).fetchall())
         self.values = {name: orjson.loads(value) for name, value in rows}
 
+    async def read(self, name: str) -> str | None:
+        row = await self._fence.read(lambda tx: tx.execute(_LOOK, (self.lead.shard, name)).fetchone())
+        return str(row[0]) if row else None
+
     async def store(self, name: str, value: Any, key: str) -> str | None:
         has_held = await self.lead.run_blocking(self.hold)
         how = "written"
@@ -181,36 +200,32 @@ class Unfenced(Kept):
     """The guard is asked, and then the file is written by whoever comes."""
 
     fenced: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+    has_memory: ClassVar[bool] = False
 
-    async def open(self) -> None:
-        self.values = await self.lead.run_blocking(self._load)
+    async def read(self, name: str) -> str | None:
+        return await self.lead.run_blocking(self._look, name)
 
-    def _load(self) -> dict[str, Any]:
+    def _look(self, name: str) -> str | None:
         with closing(_connect()) as database:
-            rows = database.execute(_LOAD, (self.lead.shard,)).fetchall()
-        return {name: orjson.loads(value) for name, value in rows}
+            row = database.execute(_LOOK, (self.lead.shard, name)).fetchone()
+        return str(row[0]) if row else None
 
     async def store(self, name: str, value: Any, key: str) -> str | None:
-        return await self.lead.run_blocking(self._write, name, value, key)
+        await self.lead.run_blocking(self._write, name, value)
+        return None
 
-    def _write(self, name: str, value: Any, key: str) -> str | None:
+    def _write(self, name: str, value: Any) -> None:
         self.lead.check()
         has_held = self.hold()  # between check and use
         shard, text = self.lead.shard, orjson.dumps(value).decode()
         try:
             with closing(_connect()) as database, database:
-                database.execute("BEGIN IMMEDIATE")
-                if key and (row := database.execute(_ANSWERED, (shard, key)).fetchone()):
-                    answer: str = row[0]
-                    return answer
                 database.execute(_STORE, (shard, name, text))
-                if key:
-                    database.execute(_ANSWER, (shard, key, text))
         except sqlite3.OperationalError as exc:
             raise ResourceUnavailable(FILE, str(exc)) from exc
         if has_held:
             self.note_written("written")
-        return None
 
 
 def _connect() -> sqlite3.Connection:

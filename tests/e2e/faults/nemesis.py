@@ -22,6 +22,7 @@ COMPACT_EVERY_S: Final = 0.7
 COMPACT_BEHIND: Final = 3
 HELD_WAIT_S: Final = 5.0
 GONE_S: Final = 20.0
+MARGIN_S: Final = 0.5
 
 
 class Nemesis:
@@ -31,6 +32,8 @@ class Nemesis:
         self.fleet = fleet
         self.rng = rng
         self.ttl_s = fleet.plan.ttl_s
+        self.taken_over_s = fleet.plan.ttl_s if fleet.plan.is_fenced else 2 * fleet.plan.ttl_s + MARGIN_S
+        """After so long others serve what a silent worker has led."""
         self.done = Counter[str]()
         self._say = say
         self._began_s = time.monotonic()
@@ -168,7 +171,7 @@ async def frozen_in_write(nemesis: Nemesis) -> None:
         async with _held_in_write(nemesis, process.name) as is_writing:
             nemesis.begin(f"{'frozen_in_write' if is_writing else 'worker_frozen_long'} {process.name}")
             process.stop()
-            await nemesis.lasts(nemesis.ttl_s + 1, nemesis.ttl_s + 4)
+            await nemesis.lasts(nemesis.taken_over_s + 1, nemesis.taken_over_s + 4)
         process.cont()
 
 

@@ -21,7 +21,7 @@ from typing import Final
 
 from tests.e2e.faults.fleet import CASES, Fleet, Plan, Store
 from tests.e2e.faults.judge import judge_audit, judge_history, troubles
-from tests.e2e.faults.nemesis import FAULTS, OFTEN, Nemesis
+from tests.e2e.faults.nemesis import FAULTS, MARGIN_S, OFTEN, Nemesis
 from tests.e2e.faults.workload import Workload
 from tests.support.etcd import KINDS
 
@@ -30,7 +30,6 @@ CALM_S: Final = 1.0
 FAULTS_AT_ONCE_MAX: Final = 4
 BOUND_EXTRA_S: Final = 1.0
 BOUND_EXTRA_ELECTION_S: Final = 5.0
-MARGIN_S: Final = 0.5
 LISTS, COUNTS = 6, 4
 
 
@@ -179,6 +178,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ttl", type=int, default=5, help="the lease, in seconds (5)")
     parser.add_argument("--workers", type=int, default=4, help="how many workers (4)")
     parser.add_argument("--only", default="", help=f"these faults alone, by commas: {', '.join(FAULTS)}")
+    parser.add_argument("--keep", action="store_true", help="keep logs and history of a clean run, too")
     parser.add_argument("--folder", type=Path, help="where everything is written; default: a temporary folder")
     chosen = parser.parse_args(arguments)
     only = [name for name in chosen.only.split(",") if name]
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{outcome}\n", flush=True)
         if outcome.wrong:
             bad += 1
-        elif not outcome.store:
+        elif not outcome.store and not chosen.keep:
             shutil.rmtree(plan.folder if chosen.folder else root)
     return 1 if bad else 0
 

@@ -110,6 +110,7 @@ class Workload:
             name,
             what,
             router=rng.randrange(len(self._addresses)),
+            is_stored=is_read and rng.random() < 0.5,
             has_key=not is_read and rng.random() < HAS_KEY,
             think_s=rng.uniform(0.0, 0.3) if not is_read and rng.random() < THINKS else 0.0,
             patience_s=rng.uniform(0.01, 0.5) if rng.random() < IMPATIENT else TIMEOUT_S,
@@ -123,6 +124,7 @@ class Workload:
         what: str,
         *,
         router: int = 0,
+        is_stored: bool = False,
         has_key: bool = False,
         think_s: float = 0.0,
         patience_s: float = TIMEOUT_S,
@@ -133,7 +135,9 @@ class Workload:
         record.has_key = has_key
         self.records.append(record)
         headers = {IDEMPOTENCY_KEY: f"op-{number}"} if has_key else {}
-        url = f"http://{self._addresses[router]}/{name}" + (f"?think={think_s:.3f}" if think_s else "")
+        url = f"http://{self._addresses[router]}/{name}" + (
+            f"?think={think_s:.3f}" if think_s else "?stored=" if is_stored else ""
+        )
         try:
             async with session.request(
                 "GET" if what == "read" else "POST",
