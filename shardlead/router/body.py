@@ -10,11 +10,13 @@ from typing import Final
 
 from shardlead.core.contract import RESEND_BODY_BYTES_MAX
 
+_PIECES_MAX: Final = 64  # more are joined: a body that comes in tiny chunks must not cost many times its bytes
+
 
 class Body:
     """`length` is the Content-Length; -1: it comes in chunks."""
 
-    __slots__ = ("_kept", "is_large", "is_whole", "kept_bytes", "length", "sent_bytes", "total_bytes")
+    __slots__ = ("_kept", "is_large", "is_whole", "kept_bytes", "length", "sent_bytes", "total_bytes", "trailers")
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -23,6 +25,7 @@ class Body:
         self.kept_bytes = 0
         self.sent_bytes = 0  # by streaming
         self.total_bytes = 0  # that have come
+        self.trailers = b""  # lines that may pass on, where the next hop is chunked
         self._kept: list[bytes] = []
 
     def __repr__(self) -> str:
@@ -41,7 +44,10 @@ class Body:
 
     def keep(self, data: bytes) -> bool:
         """Keep a piece. True: as much is kept as may be, so no more should come for now."""
-        self._kept.append(data)
+        kept = self._kept
+        kept.append(data)
+        if len(kept) >= _PIECES_MAX:
+            self._kept = [b"".join(kept)]
         self.kept_bytes += len(data)
         if self.kept_bytes > RESEND_BODY_BYTES_MAX:
             self.is_large = True
@@ -71,7 +77,12 @@ class Body:
     @property
     def ending(self) -> bytes:
         """What is written behind the last piece."""
-        return b"" if self.length >= 0 else b"0\r\n\r\n"
+        return b"" if self.length >= 0 else b"0\r\n%b\r\n" % self.trailers
+
+    def all_chunked(self) -> bytes:
+        """The whole of a short body with its trailers."""
+        data = self.all_kept()
+        return (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n%b\r\n" % self.trailers
 
 
 def _nothing() -> Body:

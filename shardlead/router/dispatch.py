@@ -8,6 +8,7 @@ arriving request whose shard has a leader and no gate: it is sent at once, which
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Final
 
@@ -35,6 +36,7 @@ from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.hold import Gate
 from shardlead.router.pool import Pools
+from shardlead.router.problems import HttpDate
 
 log = logging.getLogger("shardlead.router")
 
@@ -63,6 +65,8 @@ class Dispatch:
         self, settings: RouterSettings, view: View, *, counts: Counts, clock: Clock, tasks: asyncio.TaskGroup
     ) -> None:
         self.counts = counts
+        self.id_prefix = secrets.token_hex(8).encode() + b"-"
+        self.date = HttpDate(clock)
         self.pools = Pools(settings, counts=counts, tasks=tasks)
         self.gates: dict[int, Gate[Exchange]] = {}
         self._settings = settings

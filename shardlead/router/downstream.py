@@ -221,7 +221,7 @@ class Downstream(asyncio.Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         self._front.counts.others[_OUTCOMES.get(error.kind, "bad-request")] += 1
-        self.write(problem_bytes(error.kind, error.status, error.detail, is_last=True))
+        self.write(problem_bytes(error.kind, error.status, error.detail, is_last=True, date=self._front.desk.date()))
         self._linger(is_read_out=False)
 
     def _linger(self, *, is_read_out: bool) -> None:

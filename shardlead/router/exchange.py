@@ -10,6 +10,7 @@ be sent again.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from shardlead.core import contract
@@ -18,7 +19,7 @@ from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key
 from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
 from shardlead.router.body import NO_BODY, Body
-from shardlead.router.heads import AnswerHead, RequestHead
+from shardlead.router.heads import AnswerHead, Fields, Kinds, RequestHead, trailer_lines
 from shardlead.router.pool import Pool
 from shardlead.router.problems import problem_bytes
 from shardlead.router.upstream import Upstream
@@ -66,6 +67,16 @@ class Client(Protocol):
 class Desk(Protocol):
     """Who decides."""
 
+    @property
+    def id_prefix(self) -> bytes:
+        """What the ids of all requests begin with that came without one."""
+        ...
+
+    @property
+    def date(self) -> Callable[[], bytes]:
+        """The present time as a Date field says it."""
+        ...
+
     def submit(self, exchange: "Exchange") -> None:
         """It is ready to be sent."""
 
@@ -101,6 +112,7 @@ class Exchange:
         "_is_last",
         "_pending",
         "_prefix",
+        "_trailers",
         "body",
         "client",
         "connection",
@@ -148,6 +160,7 @@ class Exchange:
         self.told_continue = not head.expects_continue
         self._prefix = b""
         self._pending = b""  # the answer's head, until there is something to send along with it
+        self._trailers = b""  # of the answer
         self._is_chunking = False  # the answer goes to the client in chunks
         self._is_last = False
 
@@ -156,6 +169,11 @@ class Exchange:
         names = ("collecting", "waiting", "sent", "answering", "tunnel", "done")
         under = f" under epoch {self.leader.epoch} of {self.leader.worker}" if self.leader is not None else ""
         return f"<Exchange {self.number}: {method}, shard {self.shard}, {names[self.state]}{under}>"
+
+    @property
+    def request_id(self) -> bytes:
+        """By which logs of all who had to do with it can be joined: the client's own, or one made here."""
+        return self.head.request_id or b"%b%x" % (self.desk.id_prefix, self.number)
 
     # --- the client's side
 
@@ -276,6 +294,8 @@ class Exchange:
                 retry_after_s=answer.retry_after_s,
                 is_head=self.head.method == b"HEAD",
                 is_last=is_last,
+                date=self.desk.date(),
+                request_id=self.request_id,
             )
         )
         self._end(_OUTCOMES.get(answer.problem, answer.problem.value))
@@ -310,6 +330,11 @@ class Exchange:
             connection.is_sent = False
             connection.write(
                 b"%b%bExpect: 100-continue\r\n%b: %d\r\n\r\n" % (prefix, body.framing, _EPOCH_NAME, leader.epoch)
+            )
+        elif body.trailers:
+            connection.write(
+                b"%bTransfer-Encoding: chunked\r\n%b: %d\r\n\r\n%b"
+                % (prefix, _EPOCH_NAME, leader.epoch, body.all_chunked())
             )
         elif body.kept_bytes:
             data = body.all_kept()
@@ -365,6 +390,8 @@ class Exchange:
             option = b"Connection: keep-alive\r\n"
         else:
             option = b""
+        if not head.has_date:  # RFC 9110, 6.6.1: whoever passes on an answer without one adds it
+            framing += b"Date: %b\r\n" % self.desk.date()
         self._is_last = is_last
         if self.is_waiting_for_100:  # answered without having asked for the body: what comes of it is thrown away
             self.is_blocked = False
@@ -388,9 +415,13 @@ class Exchange:
         if client.is_full and self.connection is not None:
             self.connection.pause()
 
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        if self._is_chunking:
+            self._trailers = trailer_lines(fields, kinds)
+
     def answer_ended(self) -> None:
         self.connection = None
-        rest = self._pending + b"0\r\n\r\n" if self._is_chunking else self._pending
+        rest = b"%b0\r\n%b\r\n" % (self._pending, self._trailers) if self._is_chunking else self._pending
         if rest:
             self._pending = b""
             self.client.write(rest)
@@ -468,8 +499,8 @@ class Exchange:
         route = b"%b: %d\r\n" % (_SHARD_NAME, self.shard)
         if self.key is not None:
             route += b"%b: %b\r\n" % (_KEY_NAME, encode_key(self.key))
-        self._prefix = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b" % (
-            head.method, head.target, head.host, head.fields, upgrade, route,
+        self._prefix = b"%b %b HTTP/1.1\r\nHost: %b\r\n%bX-Request-Id: %b\r\n%b%b" % (
+            head.method, head.target, head.host, head.fields, self.request_id, upgrade, route,
         )  # fmt: skip
         return self._prefix
 

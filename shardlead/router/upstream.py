@@ -17,7 +17,7 @@ import httptools
 
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
-from shardlead.router.heads import AnswerHead, Kinds, read_answer
+from shardlead.router.heads import AnswerHead, Fields, Kinds, read_answer
 
 log = logging.getLogger("shardlead.router")
 
@@ -43,6 +43,9 @@ class Taker(Protocol):
     def answer_began(self, head: AnswerHead, phrase: bytes) -> None: ...
 
     def answer_continued(self, data: bytes) -> None: ...
+
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        """Trailers, right before `answer_ended`."""
 
     def answer_ended(self) -> None:
         """The answer is whole."""
@@ -98,6 +101,7 @@ class Upstream(asyncio.Protocol):
         "_parser",
         "_phrase",
         "_poll",
+        "_trailers",
         "expects_bodiless",
         "idle_since_s",
         "is_reusable",
@@ -126,6 +130,7 @@ class Upstream(asyncio.Protocol):
         self._eof_ends = False
         self._bare_bytes = 0
         self._fields: list[tuple[bytes, bytes]] = []
+        self._trailers: list[tuple[bytes, bytes]] | None = None
         self._head: AnswerHead | None = None
         self._phrase = b""
         self._poll: select.poll | None = None
@@ -202,10 +207,14 @@ class Upstream(asyncio.Protocol):
         self._phrase += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head is None:  # else: a trailer
-            self._fields.append((name, value))
-            if len(self._fields) > ANSWER_FIELDS_MAX:
-                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
+        fields = self._fields
+        if self._head is not None:
+            if self._trailers is None:
+                self._trailers = []
+            fields = self._trailers
+        fields.append((name, value))
+        if len(fields) > ANSWER_FIELDS_MAX:
+            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
 
     def on_headers_complete(self) -> None:
         self._bare_bytes = 0
@@ -251,6 +260,10 @@ class Upstream(asyncio.Protocol):
         self._head = None
         taker = self.taker
         self.taker = None
+        if self._trailers is not None:
+            if taker is not None:
+                taker.trailers_came(self._trailers, self._kinds)
+            self._trailers = None
         self.resume()
         # Back into the pool first: the next request of the same client may want it at once.
         self.pool.give_back(self)

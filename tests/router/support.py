@@ -44,6 +44,7 @@ class Request:
     writer: asyncio.StreamWriter
     number: int  # of the requests of this worker
     body: bytes = b""
+    trailers: list[bytes] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -66,7 +67,8 @@ class Request:
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 parts.append(await self.reader.readexactly(size))
                 assert await self.reader.readexactly(2) == b"\r\n"
-            assert await self.reader.readexactly(2) == b"\r\n"
+            while line := (await self.reader.readuntil(b"\r\n")).removesuffix(b"\r\n"):
+                self.trailers.append(line)
             self.body = b"".join(parts)
         else:
             self.body = await self.reader.readexactly(int(self.headers.get("content-length", "0")))
@@ -253,6 +255,7 @@ class Answer:
     status: int
     headers: dict[str, str]  # names in lower case
     body: bytes
+    trailers: list[bytes] = field(default_factory=list)
 
     @property
     def json(self) -> Any:
@@ -303,7 +306,7 @@ class Client:
         async with asyncio.timeout(WAIT_S):
             if answer.headers.get("transfer-encoding") == "chunked":
                 parts = []
-                while chunk := await self.chunk():
+                while chunk := await self.chunk(answer.trailers):
                     parts.append(chunk)
                 answer.body = b"".join(parts)
             elif "content-length" in answer.headers:
@@ -312,10 +315,14 @@ class Client:
                 answer.body = await self.reader.read()
         return answer
 
-    async def chunk(self) -> bytes:
+    async def chunk(self, trailers: list[bytes] | None = None) -> bytes:
         """The next chunk of an answer; empty: its end."""
         async with asyncio.timeout(WAIT_S):
             size = int(await self.reader.readline(), 16)
+            if not size and trailers is not None:
+                while line := (await self.reader.readuntil(b"\r\n")).removesuffix(b"\r\n"):
+                    trailers.append(line)
+                return b""
             data = await self.reader.readexactly(size)
             assert await self.reader.readexactly(2) == b"\r\n"
             return data
