@@ -209,6 +209,12 @@ class RouterSettings:
     """How long a request's head may take to arrive."""
     body_progress_timeout_s: Seconds = 30.0
     """How long a body may stand still, either way."""
+    body_rate_min: Annotated[int, Meta(ge=0, le=10**9)] = 100
+    """Bytes a second at which a body must move on average over body_progress_timeout_s, either way; 0: any."""
+    half_closed_timeout_s: SecondsOrNone = 5.0
+    """How long a client that has closed its sending half is answered: it may be waiting, or gone; 0: not."""
+    tunnel_idle_timeout_s: Seconds = 3_600.0
+    """A tunnel (WebSocket) in which nothing moves for so long is closed."""
     answer_timeout_s: Seconds = 60.0
     """How long a worker may take to begin its answer."""
     connect_timeout_s: Seconds = 1.0

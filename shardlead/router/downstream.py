@@ -4,7 +4,9 @@ What it never does: know shards or workers, or parse (`intake` does).
 
 Law: one request of a connection is in work at a time; others that were sent along wait parsed, and nothing more is
 read until their turn comes. Answers leave in the order of the requests. What cannot be read is answered last, and the
-connection closed behind it.
+connection closed behind it. A client that sends no more still gets the answers to what it has sent whole; whether it
+is still there cannot be seen, so not for longer than `half_closed_timeout_s`. Bodies must move both ways, at
+`body_rate_min` at least, unless we hold them back ourselves.
 """
 
 import asyncio
@@ -16,9 +18,12 @@ from shardlead.errors import RequestError
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import ANSWERING, COLLECTING, DONE, SENT, WAITING, Exchange
 from shardlead.router.intake import Intake, Readings
+from shardlead.router.pace import Pace, unsent_bytes
 from shardlead.router.problems import problem_bytes
 
 WRITE_HIGH_BYTES: Final = 262_144
+MARK_S: Final = 1.0  # the router's time moves once a second, so a mark may be that much too old: end nothing early
+SLOW_AFTER_S: Final = 1.0  # an answer that moved within this time is not looked at more closely
 LINGER_S: Final = 2.0  # an answered client that still sends is read for so long, so that it can read the answer
 STOPPING_IDLE_S: Final = 0.5  # how long an idle client has to send a request that crosses with our stopping
 
@@ -46,11 +51,13 @@ class Downstream(asyncio.Protocol):
     __slots__ = (
         "_current",
         "_front",
+        "_half_closed_s",
         "_intake",
         "_is_advancing",
         "_is_reading",
         "_lingers_s",
         "_mark_s",
+        "_pace",
         "_peer",
         "_transport",
         "_tunnel",
@@ -66,7 +73,9 @@ class Downstream(asyncio.Protocol):
         self._tunnel: Exchange | None = None
         self._is_advancing = False
         self._lingers_s = 0.0  # nothing but the client's leaving is awaited any more, and for no longer than this
+        self._half_closed_s: float | None = None  # since when the client sends no more
         self._is_reading = True
+        self._pace: Pace | None = None  # of a client that takes its answer slowly
         self._mark_s = front.now_s  # of the last progress
         self.is_full = False
 
@@ -98,7 +107,20 @@ class Downstream(asyncio.Protocol):
         self._advance()
 
     def eof_received(self) -> bool:
-        return False  # a client that sends no more is taken to have gone, as nginx and HAProxy take it
+        """The client sends no more; True: the connection stays, for what is still to be answered."""
+        transport = self._transport
+        if transport is None or self._lingers_s or not transport.can_write_eof():  # the last: TLS has no such state
+            return False
+        if not self._front.settings.half_closed_timeout_s:
+            return False
+        if self._half_closed_s is None:
+            self._half_closed_s = self._front.now_s
+        if self._tunnel is not None:
+            self._mark_s = self._front.now_s
+            return self._tunnel.client_half_closed()
+        self._intake.ended()
+        exchange = self._current
+        return exchange is not None and exchange.body.is_whole
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self._transport = None
@@ -119,6 +141,7 @@ class Downstream(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.is_full = False
         self._mark_s = self._front.now_s
+        self._pace = None
         exchange = self._tunnel or self._current
         if exchange is not None:
             exchange.client_drained()
@@ -142,6 +165,8 @@ class Downstream(asyncio.Protocol):
                     if not intake.came:
                         if intake.error is not None:
                             self._refuse(intake.error)
+                        elif self._half_closed_s is not None and not self._lingers_s:
+                            self._close()
                         break
                     exchange = self._current = intake.came.popleft()
                     exchange.body.settle()
@@ -162,6 +187,7 @@ class Downstream(asyncio.Protocol):
             self._tunnel = None
             self._close()
             return
+        self._pace = None
         if self._current is not exchange:
             return
         self._current = None
@@ -175,7 +201,7 @@ class Downstream(asyncio.Protocol):
 
     def set_reading(self) -> None:
         transport = self._transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or self._half_closed_s is not None:
             return
         current = self._tunnel or self._current
         should_read = bool(self._lingers_s) or not (
@@ -199,7 +225,9 @@ class Downstream(asyncio.Protocol):
             self._transport.writelines((head, data))
 
     def is_last(self, exchange: Exchange) -> bool:
-        return not exchange.head.is_keep_alive or self._front.is_stopping
+        if not exchange.head.is_keep_alive or self._front.is_stopping:
+            return True
+        return self._half_closed_s is not None and not self._intake.came and self._intake.error is None
 
     def touch(self) -> None:
         self._mark_s = self._front.now_s
@@ -212,6 +240,21 @@ class Downstream(asyncio.Protocol):
         self.set_reading()
         if rest:
             exchange.client_tunnelled(rest)
+        if self._half_closed_s is not None and not exchange.client_half_closed():
+            exchange.close_tunnel()
+
+    def half_close(self) -> bool:
+        transport = self._transport
+        if (
+            transport is None
+            or transport.is_closing()
+            or self._half_closed_s is not None
+            or not transport.can_write_eof()
+        ):
+            return False
+        self._mark_s = self._front.now_s
+        transport.write_eof()
+        return True
 
     def cut(self) -> None:
         if self._transport is not None:
@@ -227,6 +270,7 @@ class Downstream(asyncio.Protocol):
     def _linger(self, *, is_read_out: bool) -> None:
         """The last answer is written. A connection closed while bytes are unread is reset, and the answer with it."""
         transport = self._transport
+        is_read_out = is_read_out or self._half_closed_s is not None
         if is_read_out or transport is None or transport.is_closing() or not transport.can_write_eof():
             self._close()
             return
@@ -235,6 +279,22 @@ class Downstream(asyncio.Protocol):
         self._mark_s = self._front.now_s
         transport.write_eof()
         self.set_reading()
+
+    def _is_taking(self, still_s: float, allowed_s: float) -> bool:
+        """Whether what was written goes out to the client fast enough; nothing written: whether it is not yet still
+        for too long."""
+        if self._transport is None or not self._transport.get_write_buffer_size():
+            self._pace = None
+            return still_s <= allowed_s
+        if still_s <= SLOW_AFTER_S:
+            self._pace = None
+            return True
+        if self._pace is None:
+            self._pace = Pace(self._front.now_s)
+        settings = self._front.settings
+        return self._pace.falls(
+            unsent_bytes(self._transport), self._front.now_s, settings.body_progress_timeout_s, settings.body_rate_min
+        )
 
     def _close(self) -> None:
         """Close, once what was written has left; `check` ends it if the client does not take it."""
@@ -252,35 +312,54 @@ class Downstream(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Called about once a second: end what has taken too long."""
         settings = self._front.settings
-        still_s = now_s - self._mark_s
+        still_s = now_s - self._mark_s - MARK_S
         if self._lingers_s:
-            if still_s > self._lingers_s:
+            if not self._is_taking(still_s, self._lingers_s):
                 self.cut()
             return
         exchange = self._current
         if self._tunnel is not None:
-            return
-        if exchange is None and self._intake.is_in_head:
+            is_half = self._half_closed_s is not None or self._tunnel.is_half_closed
+            if still_s > (settings.half_closed_timeout_s if is_half else settings.tunnel_idle_timeout_s):
+                self._tunnel.close_tunnel()
+        elif exchange is None and self._intake.is_in_head:
             if now_s - self._intake.head_since_s > settings.head_timeout_s:
                 self._refuse(RequestError(Problem.TIMED_OUT, "the request's head did not arrive in time", status=408))
         elif exchange is None:
-            limit_s = settings.idle_timeout_s
-            if still_s > (min(STOPPING_IDLE_S, limit_s) if self._front.is_stopping else limit_s):
+            if still_s > settings.idle_timeout_s or (
+                self._front.is_stopping and now_s - self._mark_s > STOPPING_IDLE_S
+            ):
                 self._close()
+        elif exchange.state == ANSWERING:
+            if not self._is_taking(still_s, settings.body_progress_timeout_s):
+                exchange.cut()
+        elif self._half_closed_s is not None and now_s - self._half_closed_s > settings.half_closed_timeout_s:
+            self.cut()
         elif exchange.state == WAITING:
             if not exchange.is_held and still_s > settings.hold_timeout_s:
                 exchange.crowded_out()
         elif exchange.state == COLLECTING or (exchange.state == SENT and not exchange.body.is_whole):
-            if exchange.state == SENT and exchange.is_waiting_for_100:
-                if still_s > settings.answer_timeout_s:
-                    exchange.silent()
-            elif still_s > settings.body_progress_timeout_s:
-                exchange.stalled()
-        elif exchange.state == SENT:
+            self._check_body(exchange, still_s)
+        elif exchange.state == SENT and still_s > settings.answer_timeout_s:
+            exchange.silent()
+
+    def _check_body(self, exchange: Exchange, still_s: float) -> None:
+        """Its body is still to come, or to be taken by the worker."""
+        settings = self._front.settings
+        if exchange.state == SENT and exchange.is_waiting_for_100:
             if still_s > settings.answer_timeout_s:
                 exchange.silent()
-        elif exchange.state == ANSWERING and still_s > settings.body_progress_timeout_s:
-            exchange.cut()
+            return
+        window_s = settings.body_progress_timeout_s
+        is_moving = exchange.body.is_moving(
+            self._front.now_s, window_s, settings.body_rate_min, is_held_back=exchange.is_blocked
+        )
+        if still_s <= window_s and is_moving:
+            return
+        if exchange.is_blocked and exchange.state == SENT:
+            exchange.silent()  # it is the worker that does not take it
+        else:
+            exchange.stalled()
 
     def abort(self) -> None:
         """The router's time for stopping is over."""

@@ -60,6 +60,10 @@ class Client(Protocol):
 
     def open_tunnel(self, exchange: "Exchange") -> None: ...
 
+    def half_close(self) -> bool:
+        """Tell the client that nothing more comes; False if that ends the connection."""
+        ...
+
     def cut(self) -> None:
         """Reset the connection."""
 
@@ -122,6 +126,7 @@ class Exchange:
         "held_ns",
         "hold_until_ns",
         "is_blocked",
+        "is_half_closed",
         "is_held",
         "is_waiting_for_100",
         "key",
@@ -156,6 +161,7 @@ class Exchange:
         self.hold_until_ns = 0  # 0: was never held
         self.body = Body(head.length) if head.has_body else NO_BODY
         self.is_blocked = False  # the client must not send more of the body for now
+        self.is_half_closed = False  # a tunnel whose worker sends no more
         self.is_waiting_for_100 = False
         self.told_continue = not head.expects_continue
         self._prefix = b""
@@ -241,6 +247,9 @@ class Exchange:
         if self.state == DONE:
             return
         self.desk.withdraw(self)
+        if self.state == TUNNEL and self.connection is not None:
+            connection, self.connection = self.connection, None
+            connection.finish()  # the last that the client said is still to arrive
         self._let_go()
         self._end("client-gone")
 
@@ -255,6 +264,10 @@ class Exchange:
     def client_tunnelled(self, data: bytes) -> None:
         if self.connection is not None:
             self.connection.write(data)
+
+    def client_half_closed(self) -> bool:
+        """The client's half of the tunnel has ended; False: so has the worker's, or it cannot be told."""
+        return not self.is_half_closed and self.connection is not None and self.connection.write_eof()
 
     # --- what the desk says
 
@@ -441,7 +454,12 @@ class Exchange:
         )
         self.client.open_tunnel(self)
 
+    def tunnel_half_closed(self) -> bool:
+        self.is_half_closed = self.client.half_close()
+        return self.is_half_closed
+
     def tunnelled(self, data: bytes) -> None:
+        self.client.touch()
         self.client.write(data)
         if self.client.is_full and self.connection is not None:
             self.connection.pause()

@@ -140,6 +140,15 @@ class Intake:
         self.is_deaf = True
         return rest or b""
 
+    def ended(self) -> None:
+        """The client sends no more: a request that is not whole by now never will be, and is nobody's."""
+        self.is_deaf = True
+        self.is_in_head = False
+        filling, self._filling = self._filling, None
+        if filling is not None and filling in self.came:
+            self.came.remove(filling)
+            filling.client_left()
+
     def stop(self) -> None:
         """Nothing is read any more, and what came is nobody's."""
         self.is_deaf = True

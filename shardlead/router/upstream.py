@@ -23,6 +23,7 @@ log = logging.getLogger("shardlead.router")
 
 _GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 ANSWER_FIELDS_MAX: Final = 1_000
+FINISH_S: Final = 2.0  # for the last bytes of a tunnel whose client has gone
 BARE_BYTES_MAX: Final = 1_048_576  # of a head, or of a body's framing, until something of the answer has come
 WRITE_HIGH_BYTES: Final = 262_144
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # the parser lets them pass in a reason phrase
@@ -54,6 +55,10 @@ class Taker(Protocol):
         """101: from now on bytes pass as they are; `rest` has come already."""
 
     def tunnelled(self, data: bytes) -> None: ...
+
+    def tunnel_half_closed(self) -> bool:
+        """The worker's half of the tunnel has ended; True: the other goes on."""
+        ...
 
     def lost(self) -> None:
         """The connection has ended or said what is no HTTP, and the answer is not whole."""
@@ -175,6 +180,8 @@ class Upstream(asyncio.Protocol):
             self.abort()
 
     def eof_received(self) -> bool:
+        if self._is_tunnel and self.taker is not None:
+            return self.taker.tunnel_half_closed()
         if self._is_answering and self._eof_ends:
             self.is_reusable = False
             self._complete()
@@ -289,6 +296,13 @@ class Upstream(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():  # uvloop's raises once it is closed
             self.transport.write(data)
 
+    def write_eof(self) -> bool:
+        """Tell the worker that nothing more comes; False if this connection knows no such state."""
+        if self.transport is None or self.transport.is_closing() or not self.transport.can_write_eof():
+            return False
+        self.transport.write_eof()
+        return True
+
     def pause(self) -> None:
         """Read no more for now: the client is slow."""
         if self.transport is not None and not self._is_paused and not self.transport.is_closing():
@@ -325,6 +339,13 @@ class Upstream(asyncio.Protocol):
         self._leave()
         if self.transport is not None:
             self.transport.close()
+
+    def finish(self) -> None:
+        """End the connection when all that was written has left, but soon; nobody is told."""
+        transport = self.transport
+        self.close()
+        if transport is not None and transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(FINISH_S, transport.abort)
 
     def _leave(self) -> Taker | None:
         taker = self.taker

@@ -52,6 +52,9 @@ class Wire(asyncio.Transport):
     def write_eof(self) -> None:
         self.has_eof = True
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def can_write_eof(self) -> bool:
         return True
 
