@@ -35,7 +35,9 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(opened_store(settings, registry))
             view = new_view(store, settings)
-            router = Router(settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port)
+            router = Router(
+                settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port, tls=settings.tls
+            )
 
             def upstream_connections() -> tuple[int, int]:
                 pools = router.desk.pools.values() if router.address else ()

@@ -32,11 +32,13 @@ from shardlead.core.routing import (
 )
 from shardlead.core.shardmap import Delta, Leader
 from shardlead.errors import RingError
+from shardlead.router.access import AccessLog
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.hold import Gate
 from shardlead.router.pool import Pools
 from shardlead.router.problems import HttpDate
+from shardlead.tls import WorkerTls
 
 log = logging.getLogger("shardlead.router")
 
@@ -62,13 +64,22 @@ class Dispatch:
     """Made by `server.Router`; `tasks` is the parent of all connecting."""
 
     def __init__(
-        self, settings: RouterSettings, view: View, *, counts: Counts, clock: Clock, tasks: asyncio.TaskGroup
+        self,
+        settings: RouterSettings,
+        view: View,
+        *,
+        counts: Counts,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+        access: AccessLog | None = None,
+        tls: WorkerTls | None = None,
     ) -> None:
         self.counts = counts
         self.id_prefix = secrets.token_hex(8).encode() + b"-"
         self.date = HttpDate(clock)
-        self.pools = Pools(settings, counts=counts, tasks=tasks)
+        self.pools = Pools(settings, counts=counts, tasks=tasks, tls=tls)
         self.gates: dict[int, Gate[Exchange]] = {}
+        self._access = access
         self._settings = settings
         self._view = view
         self._clock = clock
@@ -162,7 +173,10 @@ class Dispatch:
                 del tunnels[exchange]
                 if not tunnels:
                     del self._tunnels[exchange.shard]
-        counts.request_durations.add((self._clock.now_ns() - exchange.since_ns) / NS_PER_S)
+        now = self._clock.now_ns()
+        counts.request_durations.add((now - exchange.since_ns) / NS_PER_S)
+        if self._access is not None:
+            self._access.add(exchange, outcome, now)
 
     def tunnelled(self, exchange: Exchange) -> None:
         """It has become a tunnel, which closes when its shard moves."""
@@ -409,6 +423,11 @@ class Dispatch:
 
     def _on_delta(self, delta: Delta) -> None:
         touched: dict[str, None] = {}  # a set that keeps its order
+        for change in delta.leaders:
+            if change.after is not None:
+                self.pools.news_of(change.after.worker)  # before anything is sent: the first try after news is at once
+        for member in delta.workers_changed:
+            self.pools.news_of(member.name)
         for change in delta.leaders:
             gate = self.gates.get(change.shard)
             if gate is not None:

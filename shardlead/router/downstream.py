@@ -15,6 +15,7 @@ from typing import Final, Protocol, cast
 
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
+from shardlead.router.access import AccessLog
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import ANSWERING, COLLECTING, DONE, SENT, WAITING, Exchange
 from shardlead.router.intake import Intake, Readings
@@ -35,6 +36,10 @@ class Front(Readings, Protocol):
     def counts(self) -> Counts: ...
     @property
     def is_stopping(self) -> bool: ...
+    @property
+    def access(self) -> AccessLog | None:
+        """None: there is no access log."""
+        ...
 
     def admit(self, connection: "Downstream", peer: str) -> str:
         """Count a new connection; the reason why it cannot stay, or ""."""
@@ -58,16 +63,16 @@ class Downstream(asyncio.Protocol):
         "_lingers_s",
         "_mark_s",
         "_pace",
-        "_peer",
         "_transport",
         "_tunnel",
         "is_full",
+        "peer",
     )
 
     def __init__(self, front: Front) -> None:
         self._front = front
         self._transport: asyncio.Transport | None = None
-        self._peer = ""
+        self.peer = ""
         self._intake: Intake  # from connection_made on
         self._current: Exchange | None = None
         self._tunnel: Exchange | None = None
@@ -80,21 +85,21 @@ class Downstream(asyncio.Protocol):
         self.is_full = False
 
     def __repr__(self) -> str:
-        return f"<Downstream from {self._peer}: {self._current!r}, {len(self._intake.came)} behind it>"
+        return f"<Downstream from {self.peer}: {self._current!r}, {len(self._intake.came)} behind it>"
 
     # --- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
         name = transport.get_extra_info("peername")
-        self._peer = str(name[0]) if isinstance(name, tuple) and name else ""
+        self.peer = str(name[0]) if isinstance(name, tuple) and name else ""
         raw: socket.socket | None = transport.get_extra_info("socket")
         if raw is not None and raw.family != socket.AF_UNIX:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         front = self._front
-        self._intake = Intake(front, self, self._peer)
-        refusal = front.admit(self, self._peer)
+        self._intake = Intake(front, self, self.peer)
+        refusal = front.admit(self, self.peer)
         if refusal:
             self._refuse(RequestError(Problem.OVERLOADED, refusal, status=503))
 
@@ -124,7 +129,7 @@ class Downstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self._transport = None
-        self._front.forget(self, self._peer)
+        self._front.forget(self, self.peer)
         current, self._current = self._current, None
         tunnel, self._tunnel = self._tunnel, None
         for exchange in (current, tunnel, *self._intake.came):
@@ -264,6 +269,9 @@ class Downstream(asyncio.Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         self._front.counts.others[_OUTCOMES.get(error.kind, "bad-request")] += 1
+        access = self._front.access
+        if access is not None:
+            access.add_refused(self.peer, error.status, error.detail)
         self.write(problem_bytes(error.kind, error.status, error.detail, is_last=True, date=self._front.desk.date()))
         self._linger(is_read_out=False)
 

@@ -42,6 +42,11 @@ class Client(Protocol):
     @property
     def is_full(self) -> bool: ...
 
+    @property
+    def peer(self) -> str:
+        """Its address."""
+        ...
+
     def write(self, data: bytes) -> None: ...
 
     def write_two(self, head: bytes, data: bytes) -> None: ...
@@ -117,6 +122,7 @@ class Exchange:
         "_pending",
         "_prefix",
         "_trailers",
+        "answer_bytes",
         "body",
         "client",
         "connection",
@@ -137,6 +143,7 @@ class Exchange:
         "shard",
         "since_ns",
         "state",
+        "status",
         "told_continue",
         "why",
     )
@@ -150,6 +157,8 @@ class Exchange:
         self.state = COLLECTING
         self.key: bytes | None = None
         self.shard = -1
+        self.status = 0  # of the answer; 0: none has begun
+        self.answer_bytes = 0  # of its content
         self.error: RequestError | None = None
         self.leader: Leader | None = None  # under whom it was sent last
         self.pool: Pool | None = None
@@ -298,6 +307,7 @@ class Exchange:
     def fail(self, answer: Answer) -> None:
         """Answer the client with a problem."""
         is_last = self.client.is_last(self) or not self.body.is_whole
+        self.status = answer.status
         self.client.write(
             problem_bytes(
                 answer.problem,
@@ -386,7 +396,7 @@ class Exchange:
         self.state = ANSWERING
         request = self.head
         is_last = self.client.is_last(self) or not self.body.is_whole
-        status = head.status
+        status = self.status = head.status
         if status == 204:
             framing = b""
         elif head.length >= 0:
@@ -412,6 +422,7 @@ class Exchange:
         self._pending = b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, phrase, b"".join(head.fields), framing, option)
 
     def answer_continued(self, data: bytes) -> None:
+        self.answer_bytes += len(data)
         if self._is_chunking:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         pending = self._pending
@@ -448,6 +459,7 @@ class Exchange:
             return
         self.desk.accepted(self)
         self.state = TUNNEL
+        self.status = 101
         self.client.write(
             b"HTTP/1.1 101 %b\r\n%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n%b"
             % (phrase, b"".join(head.fields), head.upgrade, rest)

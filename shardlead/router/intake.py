@@ -83,7 +83,7 @@ class Intake:
         self.head_since_s = 0.0
         self._front = front
         self._client = client
-        self._forwarder = Forwarder(front.settings.forwarded, peer)
+        self._forwarder = Forwarder(front.settings.forwarded, peer, is_tls=bool(front.settings.tls_cert_file))
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []

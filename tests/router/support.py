@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ import orjson
 from shardlead.clock import SystemClock
 from shardlead.cluster.bootstrap import ensure_shape
 from shardlead.cluster.view import View
-from shardlead.config import ClusterSettings, RouterSettings, StoreSettings
+from shardlead.config import ClusterSettings, RouterSettings, StoreSettings, TlsSettings
 from shardlead.core.keyspace import Keyspace, encode
 from shardlead.core.model import LeaderRecord, WorkerRecord
 from shardlead.router.server import Router
@@ -112,7 +113,8 @@ async def echo(request: Request) -> None:
 class Worker:
     """An upstream that speaks the contract by script."""
 
-    def __init__(self, name: str, script: Script = echo) -> None:
+    def __init__(self, name: str, script: Script = echo, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.name = name
         self.script = script
         self.requests: list[Request] = []
@@ -123,8 +125,8 @@ class Worker:
         self._arrived = asyncio.Condition()
         self._server: asyncio.Server | None = None
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=self.tls)
         host, port = self._server.sockets[0].getsockname()
         self.address = f"{host}:{port}"
 
@@ -198,9 +200,11 @@ class Stage:
         await self.true(lambda: self.view.map.revision >= outcome.revision)
         return outcome.revision
 
-    async def start(self, name: str, script: Script = echo, **record: Any) -> Worker:
+    async def start(
+        self, name: str, script: Script = echo, *, tls: ssl.SSLContext | None = None, **record: Any
+    ) -> Worker:
         """A worker, alive."""
-        worker = Worker(name, script)
+        worker = Worker(name, script, tls)
         await worker.start()
         self.workers[name] = worker
         await self.write(Put(self.keyspace.worker(name), encode(self.record(worker, **record))))
@@ -225,9 +229,9 @@ class Stage:
     def shard_of(self, key: str) -> int:
         return self.view.map.shard_of(key)
 
-    async def client(self) -> "Client":
+    async def client(self, tls: ssl.SSLContext | None = None) -> "Client":
         host, _, port = self.router.address.rpartition(":")
-        client = Client(*await asyncio.open_connection(host, int(port)))
+        client = Client(*await asyncio.open_connection(host, int(port), ssl=tls))
         self.clients.append(client)
         return client
 
@@ -365,7 +369,9 @@ class Listener(logging.Handler):
 
 
 @asynccontextmanager
-async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIterator[Stage]:
+async def stage(
+    settings: RouterSettings = SETTINGS, *, tls: TlsSettings | None = None, **changes: Any
+) -> AsyncIterator[Stage]:
     """A router that listens, with a view of an empty cluster of 16 shards."""
     mishaps: list[str] = []  # what was logged as an error, or nobody caught: none of the stages here has any
     loop = asyncio.get_running_loop()
@@ -383,7 +389,7 @@ async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIte
             view = View(store, keyspace, clock=clock, rng=random.Random(2))
             following = tasks.create_task(view.run())
             await view.wait_ready(WAIT_S)
-            async with Router(replace(settings, **changes), view, clock=clock) as router:
+            async with Router(replace(settings, **changes), view, clock=clock, tls=tls) as router:
                 here = Stage(clock, store, keyspace, view, router)
                 try:
                     yield here

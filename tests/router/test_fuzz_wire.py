@@ -289,6 +289,7 @@ class Front:
     rules = KeyRules.parse(FUZZED.key_rules)
     kinds = request_kinds(rules.headers)
     is_stopping = False
+    access = None
     now_s = 0.0
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -185,7 +186,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(*, is_led: bool = True, **changes: Any) -> AsyncIterator[Stage]:
+async def staged(*, is_led: bool = True, tls: ssl.SSLContext | None = None, **changes: Any) -> AsyncIterator[Stage]:
     """A front that listens; shard SHARD is led under EPOCH unless `is_led` is False. `changes` are settings."""
     settings = replace(WorkerSettings(drain_timeout_s=5.0, park_timeout_s=5.0), **changes)
     stage = Stage(settings)
@@ -195,7 +196,7 @@ async def staged(*, is_led: bool = True, **changes: Any) -> AsyncIterator[Stage]
         stage.host = Host(
             settings, "w1", make, shard_of, fenced=True, clock=CLOCK, rng=random.Random(7), metrics=metrics
         )
-        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics)
+        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics, tls=tls)
         async with stage.host:
             stage.host.envoy = stage.speaker
             stage.address = await stage.front.start()
