@@ -262,6 +262,18 @@ class RouterMetrics(Collector):
         yield upstream
 
 
+class RouterGroupMetrics:
+    """Several router processes that share a port, as their parent sees them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.processes = Gauge("shardlead_router_processes", "Router processes that serve now.", registry=registry)
+        self.restarts = Counter(
+            "shardlead_router_process_restarts_total",
+            "Router processes that ended by themselves and were started again.",
+            registry=registry,
+        )
+
+
 def _counter(name: str, text: str, label: str, numbers: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, text, labels=[label])
     for value, number in numbers.items():
