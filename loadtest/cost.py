@@ -106,7 +106,6 @@ async def measure(
     rows: list[Row] = []
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardlead-cost-")))
-        folder.chmod(0o755)  # nginx started by root serves the files as somebody else
         peers.write_bodies(folder)
         upstreams = free_ports(WORKERS)
         stack.enter_context(

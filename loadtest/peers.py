@@ -18,6 +18,7 @@ IDLE_CONNECTIONS: Final = 600  # to the upstreams: more than the load has
 
 def write_bodies(folder: Path) -> None:
     """The files that the upstream serves: folder/bodies/<size>."""
+    folder.chmod(0o755)  # nginx started by root serves the files as somebody else
     bodies = folder / "bodies"
     bodies.mkdir(exist_ok=True)
     for size in SIZES:

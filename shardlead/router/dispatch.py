@@ -8,6 +8,7 @@ arriving request whose shard has a leader and no gate: it is sent at once, which
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Final
 
@@ -31,11 +32,14 @@ from shardlead.core.routing import (
 )
 from shardlead.core.shardmap import Delta, Leader
 from shardlead.errors import RingError
+from shardlead.router.access import AccessLog
 from shardlead.router.counts import Counts
 from shardlead.router.exchange import TUNNEL, WAITING, Exchange
 from shardlead.router.hold import Gate
 from shardlead.router.pool import Pool, Pools
+from shardlead.router.problems import HttpDate
 from shardlead.router.upstream import Upstream
+from shardlead.tls import WorkerTls
 
 log = logging.getLogger("shardlead.router")
 
@@ -61,11 +65,22 @@ class Dispatch:
     """Made by `server.Router`; `tasks` is the parent of all connecting."""
 
     def __init__(
-        self, settings: RouterSettings, view: View, *, counts: Counts, clock: Clock, tasks: asyncio.TaskGroup
+        self,
+        settings: RouterSettings,
+        view: View,
+        *,
+        counts: Counts,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+        access: AccessLog | None = None,
+        tls: WorkerTls | None = None,
     ) -> None:
         self.counts = counts
-        self.pools = Pools(settings, counts=counts, tasks=tasks)
+        self.id_prefix = secrets.token_hex(8).encode() + b"-"
+        self.date = HttpDate(clock)
+        self.pools = Pools(settings, counts=counts, tasks=tasks, tls=tls)
         self.gates: dict[int, Gate[Exchange]] = {}
+        self._access = access
         self._settings = settings
         self._view = view
         self._clock = clock
@@ -184,7 +199,10 @@ class Dispatch:
                 del tunnels[exchange]
                 if not tunnels:
                     del self._tunnels[exchange.shard]
-        counts.request_durations.add((self._clock.now_ns() - exchange.since_ns) / NS_PER_S)
+        now = self._clock.now_ns()
+        counts.request_durations.add((now - exchange.since_ns) / NS_PER_S)
+        if self._access is not None:
+            self._access.add(exchange, outcome, now)
 
     def tunnelled(self, exchange: Exchange) -> None:
         """It has become a tunnel, which closes when its shard moves."""
@@ -431,6 +449,11 @@ class Dispatch:
 
     def _on_delta(self, delta: Delta) -> None:
         touched: dict[str, None] = {}  # a set that keeps its order
+        for change in delta.leaders:
+            if change.after is not None:
+                self.pools.news_of(change.after.worker)  # before anything is sent: the first try after news is at once
+        for member in delta.workers_changed:
+            self.pools.news_of(member.name)
         for change in delta.leaders:
             gate = self.gates.get(change.shard)
             if gate is not None:

@@ -18,7 +18,7 @@ from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
 from shardlead.router.exchange import SENT, Client, Desk, Exchange
 from shardlead.router.forwarded import Forwarder
-from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, read_request
+from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
 from shardlead.router.plans import Plans, RequestPlan, lines_bytes, without_keep_alive
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
@@ -143,19 +143,24 @@ class Express:
             head = without_keep_alive(head, plan.connection, seen[plan.connection])
             if not head:
                 return False
-        taken = front.desk.take_at_once(key, is_safe=is_safe, size=body_bytes)
+        if plan.request_id and not is_request_id(seen[plan.request_id]):
+            return False
+        desk = front.desk
+        taken = desk.take_at_once(key, is_safe=is_safe, size=body_bytes)
         if taken is None:
             return False
         connection, pool, leader, shard = taken
         self._since_ns = front.now_ns()
         self._body_bytes = body_bytes
         body = data[end + 4 :] if body_bytes else b""
-        self._sent = method, target, fields, body, key, shard, leader, pool, front.next_number()
+        number = front.next_number()
+        self._sent = method, target, fields, body, key, shard, leader, pool, number
+        request_id = b"" if plan.request_id else b"X-Request-Id: %b%x\r\n" % (desk.id_prefix, number)
         self.connection = connection
         connection.taker = connection.quick = self
         connection.write(
-            b"%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
-            % (head, self._forwarded, shard, encode_key(key), leader.epoch, body)
+            b"%b%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
+            % (head, self._forwarded, request_id, shard, encode_key(key), leader.epoch, body)
         )
         return True
 
@@ -225,11 +230,17 @@ class Express:
     def answer_ended(self) -> None:
         self.expand().answer_ended()
 
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        self.expand().trailers_came(fields, kinds)
+
     def switched(self, head: AnswerHead, phrase: bytes, rest: bytes) -> None:
         self.expand().switched(head, phrase, rest)
 
     def tunnelled(self, data: bytes) -> None:
         self.expand().tunnelled(data)
+
+    def tunnel_half_closed(self) -> bool:
+        return self.expand().tunnel_half_closed()
 
     def lost(self) -> None:
         self.expand().lost()

@@ -5,7 +5,9 @@ what to do with it, and fields that pass are joined as the bytes they came in.
 
 Law: hop-by-hop fields go; so does everything that begins with `Shardlead-`, both ways, so that nobody but the
 runtimes can speak the contract. Framing is our own on both sides: a message leaves with exactly one Content-Length or
-one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused.
+one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused. Trailers pass
+where the next hop is chunked, less all that frames, routes, authenticates or controls a message (`trailer_lines`). A
+name that becomes one of ours once its underscores are read as hyphens, as gateways to CGI and WSGI read them, goes too.
 """
 
 from collections.abc import Sequence
@@ -36,6 +38,9 @@ REFUSED: Final = 13
 EPOCH: Final = 14
 LEADER: Final = 15
 OUTCOME: Final = 16
+REQUEST_ID: Final = 17
+TE: Final = 18
+DATE: Final = 19
 KEY_BIT: Final = 32  # added where a key rule names the field
 
 _HOP_BY_HOP: Final = {
@@ -44,7 +49,6 @@ _HOP_BY_HOP: Final = {
     b"proxy-connection": DROP,
     b"proxy-authenticate": DROP,
     b"proxy-authorization": DROP,
-    b"te": DROP,
     b"trailer": DROP,
     b"transfer-encoding": TRANSFER_ENCODING,
     b"upgrade": UPGRADE,
@@ -55,6 +59,8 @@ _OF_REQUESTS: Final = {
     b"http2-settings": DROP,
     b"host": HOST,
     b"expect": EXPECT,
+    b"te": TE,
+    b"x-request-id": REQUEST_ID,
     b"x-forwarded-for": FORWARDED_FOR,
     b"x-forwarded-proto": FORWARDED_PROTO,
     b"x-forwarded-host": FORWARDED_HOST,
@@ -63,6 +69,8 @@ _OF_REQUESTS: Final = {
 }
 _OF_ANSWERS: Final = {
     **_HOP_BY_HOP,
+    b"te": DROP,
+    b"date": DATE,
     contract.REFUSED.lower().encode(): REFUSED,
     contract.EPOCH.lower().encode(): EPOCH,
     contract.LEADER.lower().encode(): LEADER,
@@ -72,6 +80,14 @@ _RESERVED: Final = contract.RESERVED_PREFIX.encode()
 _NOT_IN_HOSTS: Final = b' \t,/@?#"<>\\'
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
+_REQUEST_ID_BYTES_MAX: Final = 128
+_REQUEST_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~:+/=@"
+_NEVER_TRAILERS: Final = frozenset(  # RFC 9110, 6.5.1: routing, controls, conditions, authentication, content format
+    b"accept-ranges age authorization cache-control content-disposition content-encoding content-language "
+    b"content-location content-range content-type cookie date expires if-match if-modified-since if-none-match "
+    b"if-range if-unmodified-since location max-forwards pragma range retry-after set-cookie traceparent tracestate "
+    b"vary warning www-authenticate".split()
+)
 _LENGTH_DIGITS_MAX: Final = 20  # of 64 bits; leading zeros count, for Python converts no more than 4,300 digits
 
 
@@ -94,7 +110,13 @@ class Kinds:
         lower = name.lower()
         kind = self._by_name.get(lower)
         if kind is None:
-            kind = DROP if lower.startswith(_RESERVED) else PASS
+            kind = PASS
+            if lower.startswith(_RESERVED):
+                kind = DROP
+            elif b"_" in lower:
+                meant = lower.replace(b"_", b"-")
+                if meant in self._by_name or meant.startswith(_RESERVED):
+                    kind = DROP
         if len(self._by_spelling) < _KINDS_KEPT_MAX and len(name) <= _NAME_KEPT_BYTES_MAX:
             self._by_spelling[name] = kind
         return kind
@@ -135,6 +157,7 @@ class RequestHead:
     upgrade: bytes  # what to change to, if Connection asks for it
     has_upgrade: bool  # an Upgrade field came
     has_idempotency_key: bool
+    request_id: bytes  # b"": none came, or none that can be passed on
 
     @property
     def has_body(self) -> bool:
@@ -160,8 +183,9 @@ def read_request(
     options: list[bytes] = []
     host: bytes | None = None
     length = -1
-    is_chunked = has_idempotency_key = expects_continue = False
+    is_chunked = has_idempotency_key = expects_continue = wants_trailers = False
     upgrade = b""
+    request_id: bytes | None = None
     for name, value in came:
         kind = spellings.get(name)
         if kind is None:
@@ -198,6 +222,10 @@ def read_request(
         elif kind == IDEMPOTENCY_KEY:
             has_idempotency_key = True
             parts += (name, b": ", value, b"\r\n")
+        elif kind == REQUEST_ID:
+            request_id = value if request_id is None and is_request_id(value) else b""
+        elif kind == TE:
+            wants_trailers = any(part.partition(b";")[0].strip().lower() == b"trailers" for part in value.split(b","))
         else:
             if forwarded is None:
                 forwarded = {}
@@ -227,6 +255,8 @@ def read_request(
     else:
         upgrade = b""
     parts.append(forwarder.write(host, forwarded))
+    if wants_trailers and not upgrade:
+        parts.append(b"Connection: TE\r\nTE: trailers\r\n")
     return RequestHead(
         method,
         target,
@@ -241,14 +271,22 @@ def read_request(
         upgrade,
         has_upgrade,
         has_idempotency_key,
+        request_id or b"",
     )
+
+
+def is_request_id(value: bytes) -> bool:
+    """Whether it can be passed on, and stand in logs."""
+    return 0 < len(value) <= _REQUEST_ID_BYTES_MAX and not value.translate(None, _REQUEST_ID_BYTES)
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
     """The target as "/path?query" and the Host that goes with it (RFC 9112, 3.2: the absolute form's wins)."""
     if target == b"*" and method == b"OPTIONS":
         return target, host
-    if method != b"CONNECT" and target[:7].lower() == b"http://" and b"#" not in target:
+    if method == b"CONNECT":
+        raise RequestError(Problem.BAD_REQUEST, "CONNECT is for forward proxies, which this is none", status=501)
+    if target[:7].lower() == b"http://" and b"#" not in target:
         authority, slash, path = target[7:].partition(b"/")
         if b"?" not in authority and authority:
             return slash + path or b"/", authority
@@ -285,6 +323,7 @@ class AnswerHead:
     epoch: int
     leader: bytes
     outcome: bytes
+    has_date: bool
 
 
 def _without_length(parts: list[bytes]) -> list[bytes]:
@@ -302,7 +341,7 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
     spellings = kinds._by_spelling  # noqa: SLF001  # as above
     parts: list[bytes] = []
     length = -1
-    is_chunked = is_last = False
+    is_chunked = is_last = has_date = False
     upgrade = refused = leader = outcome = b""
     epoch = 0
     options: list[bytes] = []
@@ -311,6 +350,9 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
         if kind is None:
             kind = kinds.learn(name)
         if kind == PASS:
+            parts += (name, b": ", value, b"\r\n")
+        elif kind == DATE:
+            has_date = True
             parts += (name, b": ", value, b"\r\n")
         elif kind == DROP:
             pass
@@ -342,4 +384,14 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
     if options:
         is_last = b"close" in options
         parts = _without(parts, options, kinds)
-    return AnswerHead(status, parts, length, is_chunked, is_last, upgrade, refused, epoch, leader, outcome)
+    return AnswerHead(status, parts, length, is_chunked, is_last, upgrade, refused, epoch, leader, outcome, has_date)
+
+
+def trailer_lines(came: Fields, kinds: Kinds) -> bytes:
+    """Those trailers that may pass on, ready to be sent. What a header field decides, no trailer can: a field that
+    frames, routes, authenticates or controls a message is left out, and so is one that we look at ourselves."""
+    return b"".join(
+        b"%b: %b\r\n" % field
+        for field in came
+        if kinds.learn(field[0]) == PASS and field[0].lower() not in _NEVER_TRAILERS
+    )

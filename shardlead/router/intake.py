@@ -21,7 +21,7 @@ from shardlead.errors import RequestError
 from shardlead.router.exchange import COLLECTING, Client, Desk, Exchange
 from shardlead.router.express import Express
 from shardlead.router.forwarded import Forwarder
-from shardlead.router.heads import Kinds, read_request
+from shardlead.router.heads import Kinds, read_request, trailer_lines
 from shardlead.router.plans import Plans, RequestPlan
 
 log = logging.getLogger("shardlead.router")
@@ -72,6 +72,7 @@ class Intake:
         "_parser",
         "_refusal",
         "_reparse",
+        "_trailers",
         "_url",
         "came",
         "error",
@@ -98,6 +99,7 @@ class Intake:
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
+        self._trailers: list[tuple[bytes, bytes]] = []
         self._filling: Exchange | None = None  # the exchange whose body is being parsed
         self._reparse: bytes | None = None
         self._refusal: RequestError | None = None  # why the parser was stopped from within
@@ -159,6 +161,15 @@ class Intake:
         self.is_deaf = True
         return rest or b""
 
+    def ended(self) -> None:
+        """The client sends no more: a request that is not whole by now never will be, and is nobody's."""
+        self.is_deaf = True
+        self.is_in_head = False
+        filling, self._filling = self._filling, None
+        if filling is not None and filling in self.came:
+            self.came.remove(filling)
+            filling.client_left()
+
     def stop(self) -> None:
         """Nothing is read any more, and what came is nobody's."""
         self.is_deaf = True
@@ -183,8 +194,14 @@ class Intake:
         self._url = self._url + url if self._url else url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_parsed_head:  # else: a trailer, which is not passed on
+        if not self._has_parsed_head:
             self._fields.append((name, value))
+            return
+        self._trailers.append((name, value))
+        if len(self._trailers) > self._front.settings.headers_max:
+            limit = self._front.settings.headers_max
+            self._refusal = RequestError(Problem.TOO_LARGE, f"over {limit} trailer fields", status=431)
+            raise self._refusal
 
     def on_headers_complete(self) -> None:
         if self._may_be_lazy:
@@ -263,9 +280,13 @@ class Intake:
         exchange = self._filling
         if exchange is not None:
             self._filling = None
+            if self._trailers:
+                exchange.body.trailers = trailer_lines(self._trailers, self._front.kinds)
             if not exchange.head.is_keep_alive:
                 self.is_deaf = True
             exchange.body_ended()
+        if self._trailers:
+            self._trailers = []
         self._client.touch()
 
     # --- ordinary requests

@@ -18,6 +18,7 @@ from shardlead.router.heads import (
     IDEMPOTENCY_KEY,
     KEY_BIT,
     PASS,
+    REQUEST_ID,
     Kinds,
 )
 
@@ -36,6 +37,7 @@ class RequestPlan(NamedTuple):
     key: bytes
     length: bytes
     connection: bytes
+    request_id: bytes
 
 
 class AnswerPlan(NamedTuple):
@@ -73,16 +75,17 @@ def request_plans(kinds: Kinds, headers_max: int) -> Plans[RequestPlan]:
     def make(found: list[tuple[bytes, int]]) -> RequestPlan | None:
         keys = [name for name, kind in found if kind >= KEY_BIT]
         plain = [(name, kind & ~KEY_BIT) for name, kind in found]
-        hosts, lengths, connections = (_of(kind, plain) for kind in (HOST, CONTENT_LENGTH, CONNECTION))
+        kinds_of_one = (HOST, CONTENT_LENGTH, CONNECTION, REQUEST_ID)
+        hosts, lengths, connections, ids = (_of(kind, plain) for kind in kinds_of_one)
         if (
             len(found) > headers_max
-            or not {kind for _, kind in plain} <= {PASS, HOST, IDEMPOTENCY_KEY, CONTENT_LENGTH, CONNECTION}
-            or not set(keys).isdisjoint((*lengths, *connections))
+            or not {kind for _, kind in plain} <= {PASS, IDEMPOTENCY_KEY, *kinds_of_one}
+            or not set(keys).isdisjoint((*lengths, *connections, *ids))
             or len(hosts) != 1
-            or max(len(keys), len(lengths), len(connections)) > 1
+            or max(map(len, (keys, lengths, connections, ids))) > 1
         ):
             return None
-        return RequestPlan(hosts[0], *(names[0] if names else b"" for names in (keys, lengths, connections)))
+        return RequestPlan(hosts[0], *(names[0] if names else b"" for names in (keys, lengths, connections, ids)))
 
     return Plans(kinds, make)
 

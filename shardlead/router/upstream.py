@@ -17,13 +17,14 @@ import httptools
 
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
-from shardlead.router.heads import AnswerHead, Kinds, read_answer
-from shardlead.router.plans import AnswerPlan, Plans, is_whole_answer, split_fields, without_keep_alive
+from shardlead.router.heads import AnswerHead, Fields, Kinds, read_answer
+from shardlead.router.plans import AnswerPlan, Plans, is_whole_answer, without_keep_alive
 
 log = logging.getLogger("shardlead.router")
 
 _GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 ANSWER_FIELDS_MAX: Final = 1_000
+FINISH_S: Final = 2.0  # for the last bytes of a tunnel whose client has gone
 BARE_BYTES_MAX: Final = 1_048_576  # of a head, or of a body's framing, until something of the answer has come
 WRITE_HIGH_BYTES: Final = 262_144
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # the parser lets them pass in a reason phrase
@@ -45,6 +46,9 @@ class Taker(Protocol):
 
     def answer_continued(self, data: bytes) -> None: ...
 
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        """Trailers, right before `answer_ended`."""
+
     def answer_ended(self) -> None:
         """The answer is whole."""
 
@@ -52,6 +56,10 @@ class Taker(Protocol):
         """101: from now on bytes pass as they are; `rest` has come already."""
 
     def tunnelled(self, data: bytes) -> None: ...
+
+    def tunnel_half_closed(self) -> bool:
+        """The worker's half of the tunnel has ended; True: the other goes on."""
+        ...
 
     def lost(self) -> None:
         """The connection has ended or said what is no HTTP, and the answer is not whole."""
@@ -100,6 +108,7 @@ class Upstream(asyncio.Protocol):
     __slots__ = (
         "_bare_bytes",
         "_eof_ends",
+        "_fields",
         "_head",
         "_is_answering",
         "_is_done",
@@ -113,14 +122,12 @@ class Upstream(asyncio.Protocol):
         "_phrase",
         "_plans",
         "_poll",
-        "_raw",
-        "_seen",
+        "_trailers",
         "expects_bodiless",
         "idle_since_s",
         "is_reusable",
         "is_sent",
         "is_used",
-        "on_header",
         "pool",
         "quick",
         "taker",
@@ -148,9 +155,8 @@ class Upstream(asyncio.Protocol):
         self._lazy_body: list[bytes] = []
         self._eof_ends = False
         self._bare_bytes = 0
-        self._seen: dict[bytes, bytes] = {}  # the fields by name, of which some may stand there twice
-        self.on_header = self._seen.__setitem__  # for the parser: no frame of Python for each field
-        self._raw = b""  # what has come of heads since the last whole one
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._trailers: list[tuple[bytes, bytes]] | None = None
         self._head: AnswerHead | None = None
         self._phrase = b""
         self._poll: select.poll | None = None
@@ -177,8 +183,6 @@ class Upstream(asyncio.Protocol):
             self.abort()  # a worker that speaks without being asked
             return
         self._bare_bytes += len(data)
-        if not self._is_answering:
-            self._raw = self._raw + data if self._raw else data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -203,6 +207,8 @@ class Upstream(asyncio.Protocol):
             self.abort()
 
     def eof_received(self) -> bool:
+        if self._is_tunnel and self.taker is not None:
+            return self.taker.tunnel_half_closed()
         if self._is_answering and self._eof_ends:
             self.is_reusable = False
             self._complete()
@@ -227,12 +233,22 @@ class Upstream(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "an answer that nobody asked for")
-        self._seen.clear()
+        self._fields = []
         self._phrase = b""
         self._head = None
 
     def on_status(self, phrase: bytes) -> None:
         self._phrase += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        fields = self._fields
+        if self._head is not None or self._is_lazy:
+            if self._trailers is None:
+                self._trailers = []
+            fields = self._trailers
+        fields.append((name, value))
+        if len(fields) > ANSWER_FIELDS_MAX:
+            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
 
     def on_headers_complete(self) -> None:
         self._bare_bytes = 0
@@ -242,11 +258,7 @@ class Upstream(asyncio.Protocol):
         self._begin_answer()
 
     def _begin_answer(self) -> None:
-        lines, _, self._raw = self._raw.lstrip(b"\r\n").partition(b"\r\n\r\n")
-        fields = split_fields(lines)
-        if len(fields) > ANSWER_FIELDS_MAX:
-            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
-        head = self._head = read_answer(self._parser.get_status_code(), fields, self._kinds)
+        head = self._head = read_answer(self._parser.get_status_code(), self._fields, self._kinds)
         status = head.status
         if status < 100 or (self._phrase != b"OK" and _CONTROL.search(self._phrase)):
             raise RequestError(Problem.UPSTREAM_FAILED, "the worker's status line is none")
@@ -287,8 +299,8 @@ class Upstream(asyncio.Protocol):
     def _answer_whole(self, data: bytes) -> bool:
         """An ordinary request's answer has come in one packet: pass it on as it is, if it is an ordinary one, too."""
         quick = self.quick
-        fields = self._seen
-        plan = self._plans.of(tuple(fields))
+        plan = self._plans.of(tuple([name for name, _ in self._fields]))
+        fields = dict(self._fields)
         body = self._lazy_body
         body_bytes = 0 if not body else len(body[0]) if len(body) == 1 else sum(map(len, body))
         status = self._parser.get_status_code()
@@ -298,7 +310,6 @@ class Upstream(asyncio.Protocol):
             or quick.is_over_soon
             or status == 204
             or status == 304
-            or self._raw is not data
             or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)
         ):
             return False
@@ -308,7 +319,6 @@ class Upstream(asyncio.Protocol):
                 return False
         self._is_done = self._is_lazy = False
         self._bare_bytes = 0
-        self._raw = b""
         if body:
             body.clear()
         self.taker = self.quick = None
@@ -338,10 +348,13 @@ class Upstream(asyncio.Protocol):
             self._parser = httptools.HttpResponseParser(self)
         self._is_done = self._is_answering = self._is_skipping = self._eof_ends = False
         self._bare_bytes = 0
-        self._raw = b""
         self._head = None
         taker = self.taker
         self.taker = self.quick = None
+        if self._trailers is not None:
+            if taker is not None:
+                taker.trailers_came(self._trailers, self._kinds)
+            self._trailers = None
         self.resume()
         # Back into the pool first: the next request of the same client may want it at once.
         self.pool.give_back(self)
@@ -366,6 +379,13 @@ class Upstream(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():  # uvloop's raises once it is closed
             self.transport.write(data)
+
+    def write_eof(self) -> bool:
+        """Tell the worker that nothing more comes; False if this connection knows no such state."""
+        if self.transport is None or self.transport.is_closing() or not self.transport.can_write_eof():
+            return False
+        self.transport.write_eof()
+        return True
 
     def pause(self) -> None:
         """Read no more for now: the client is slow."""
@@ -403,6 +423,13 @@ class Upstream(asyncio.Protocol):
         self._leave()
         if self.transport is not None:
             self.transport.close()
+
+    def finish(self) -> None:
+        """End the connection when all that was written has left, but soon; nobody is told."""
+        transport = self.transport
+        self.close()
+        if transport is not None and transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(FINISH_S, transport.abort)
 
     def _leave(self) -> Taker | None:
         taker = self.taker

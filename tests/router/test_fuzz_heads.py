@@ -99,7 +99,7 @@ def test_an_answers_head_is_understood_or_refused(status: int, fields: Any) -> N
 )
 def test_a_problem_is_whole_http(kind: Problem, status: int, detail: str, shard: int) -> None:
     """Whatever stands in it: one head, a body of its length, and the shard as soon as it is known."""
-    head, _, body = problem_bytes(kind, status, detail, shard=shard).partition(b"\r\n\r\n")
+    head, _, body = problem_bytes(kind, status, detail, shard=shard, date=b"now").partition(b"\r\n\r\n")
     value = orjson.loads(body)
     assert f"Content-Length: {len(body)}".encode() in head.split(b"\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -56,6 +56,9 @@ class Wire(asyncio.Transport):
     def write_eof(self) -> None:
         self.has_eof = True
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def can_write_eof(self) -> bool:
         return True
 
@@ -86,6 +89,10 @@ class Wire(asyncio.Transport):
 TARGET: Final = re.compile(rb"([A-Z-]+) (/[!-~]*|\*) HTTP/1\.1")
 FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)")
 CHUNK: Final = re.compile(rb"([0-9a-f]+)\r\n")
+_TRAILERS: Final = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*\r\n)*\r\n")
+_NO_TRAILER: Final = re.compile(
+    rb"(?im)^(?:content-length|transfer-encoding|host|connection|shardlead-.*|x-shard-key):"
+)
 
 
 @dataclass
@@ -140,13 +147,18 @@ class Worker:
                 if size is None:
                     assert re.fullmatch(rb"[0-9a-f]*\r?", body[length:])
                     return None
+                if not int(size[1], 16):
+                    trailers = _TRAILERS.match(body, size.end())
+                    if trailers is None:
+                        return None
+                    assert not re.search(_NO_TRAILER, trailers[0])
+                    length = trailers.end()
+                    break
                 length = size.end() + int(size[1], 16) + 2
                 if len(body) < length:
                     return None
                 content += body[size.end() : length - 2]
                 assert body[length - 2 : length] == b"\r\n"
-                if not int(size[1], 16):
-                    break
         else:
             length = int(fields.get(b"content-length", b"0"))
             if len(body) < length:
@@ -233,6 +245,12 @@ class Workers:
 class Desk:
     """Sends everything to the one worker; `exchange.Desk`."""
 
+    id_prefix = b"id-"
+
+    @property
+    def date(self) -> Callable[[], bytes]:
+        return lambda: b"Wed, 25 Nov 2026 16:26:02 GMT"
+
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self.open: set[Exchange] = set()
@@ -287,6 +305,7 @@ class Front:
     kinds = request_kinds(rules.headers)
     plans = request_plans(kinds, FUZZED.headers_max)
     is_stopping = False
+    access = None
     now_s = 0.0
 
     def __init__(self) -> None:
@@ -377,13 +396,13 @@ def assert_agree(one: Verdict, other: Verdict) -> None:
 
 
 LAST_ONE: Final = b"Connection: close\r\n"
-SHARD_TOLD: Final = re.compile(rb',"shard":3\}')
+SHARD_TOLD: Final = re.compile(rb',"(?:shard":3|request_id":"id-[0-9a-f]+")')
 LENGTH: Final = re.compile(rb"Content-Length: \d+")
 
 
 def _plain(sent: bytes) -> bytes:
-    """Without what may depend on when things came: interim answers, and whether a refusal knew its shard."""
-    return LENGTH.sub(b"Content-Length: n", SHARD_TOLD.sub(b"}", sent.replace(CONTINUE, b"")))
+    """Without what may depend on when things came: interim answers, and whether a refusal knew its shard and id."""
+    return LENGTH.sub(b"Content-Length: n", SHARD_TOLD.sub(b"", sent.replace(CONTINUE, b"")))
 
 
 # --- clients -----------------------------------------------------------------------------------------------------
@@ -596,11 +615,13 @@ def _read_answers(sent: bytes, *, is_head: bool) -> Any:
         body = b""
         while found := CHUNK.match(sent):
             size = int(found[1], 16)
+            if not size:
+                trailers = _TRAILERS.fullmatch(sent, found.end())
+                assert trailers is not None
+                assert not re.search(_NO_TRAILER, trailers[0])
+                return heads, body, True
             body += sent[found.end() : found.end() + size]
             sent = sent[found.end() + size + 2 :]
-            if not size:
-                assert not sent
-                return heads, body, True
         assert not sent
         return heads, body, False
     length = values.get(b"content-length")

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -186,7 +187,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(*, is_led: bool = True, audit: AuditLog | None = None, **changes: Any) -> AsyncIterator[Stage]:
+async def staged(
+    *, is_led: bool = True, audit: AuditLog | None = None, tls: ssl.SSLContext | None = None, **changes: Any
+) -> AsyncIterator[Stage]:
     """A front that listens; shard SHARD is led under EPOCH unless `is_led` is False. `changes` are settings."""
     settings = replace(WorkerSettings(drain_timeout_s=5.0, park_timeout_s=5.0), **changes)
     stage = Stage(settings)
@@ -204,7 +207,7 @@ async def staged(*, is_led: bool = True, audit: AuditLog | None = None, **change
             metrics=metrics,
             audit=audit,
         )
-        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics)
+        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics, tls=tls)
         async with stage.host:
             stage.host.envoy = stage.speaker
             stage.address = await stage.front.start()
