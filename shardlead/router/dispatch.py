@@ -123,10 +123,10 @@ class Dispatch:
             _, shard, leader = self._view.map.route(key)
         except RingError:
             return None
-        if leader is None or not leader.address or shard in self.gates or (size and not self.keep(size)):
+        if leader is None or not leader.address or shard in self.gates:
             return None
         pool = self.pools.find((leader.worker, leader.address))
-        if pool is None:
+        if pool is None or (size and not self.keep(size)):
             return None
         connection = pool.take_idle(must_be_alive=not is_safe)
         if connection is None:
