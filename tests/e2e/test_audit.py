@@ -144,8 +144,8 @@ def test_calm_is_counted_exactly(tmp_path: Path) -> None:
 def test_two_leaders_are_found(tmp_path: Path) -> None:
     """A living worker's lease is revoked by hand while it is frozen, and it wakes before its deadline: it believed in
     its shards when others led them. That is what fences are for, and the logs say so."""
-    settings = {**RULES, "worker.audit_dir": str(tmp_path / "audit")}
-    options = {"workers": 2, "ttl_s": 10, "shards": 8, "settings": settings}
+    settings = {**RULES, "worker.audit_dir": str(tmp_path / "audit"), "router.hold_timeout_s": 40.0}
+    options = {"workers": 2, "ttl_s": 30, "shards": 8, "settings": settings}  # it wakes long before its deadline
     with stage(COUNTER, "embedded", options) as scene:
         cluster = scene.cluster
 
