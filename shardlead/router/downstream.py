@@ -233,7 +233,7 @@ class Downstream(asyncio.Protocol):
         self._current = None
         self._mark_s = self._intake.head_since_s = self._front.now_s
         if is_last or self._transport is None:
-            self._linger(is_read_out=exchange.body.is_whole)
+            self._linger()
             return
         if self._intake.rest is not None and not self._intake.came:  # else it was not this one that asked for it
             self._intake.stay_http()
@@ -308,13 +308,18 @@ class Downstream(asyncio.Protocol):
         if access is not None:
             access.add_refused(self.peer, error.status, error.detail)
         self.write(problem_bytes(error.kind, error.status, error.detail, is_last=True, date=self._front.desk.date()))
-        self._linger(is_read_out=False)
+        self._linger()
 
-    def _linger(self, *, is_read_out: bool) -> None:
-        """The last answer is written. A connection closed while bytes are unread is reset, and the answer with it."""
+    def _linger(self) -> None:
+        """The last answer is written. A connection closed while bytes are unread, or on their way, is reset, and the
+        answer with it (RFC 9112, 9.6): only our half is closed, and what still comes is thrown away for a while."""
         transport = self._transport
-        is_read_out = is_read_out or self._half_closed_s is not None
-        if is_read_out or transport is None or transport.is_closing() or not transport.can_write_eof():
+        if (
+            self._half_closed_s is not None
+            or transport is None
+            or transport.is_closing()
+            or not transport.can_write_eof()
+        ):
             self._close()
             return
         self._intake.stop()

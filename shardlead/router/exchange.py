@@ -478,6 +478,11 @@ class Exchange:
 
     def lost(self) -> None:
         self.connection = None
+        if self.state == ANSWERING and self._pending:  # of the answer nothing has left for the client yet
+            self._pending = b""
+            self._is_chunking = False
+            self.status = 0
+            self.state = SENT
         if self.state == SENT:
             self.is_waiting_for_100 = False
             self.desk.happened(self, Happened.BROKEN)

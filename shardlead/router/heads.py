@@ -77,7 +77,7 @@ _OF_ANSWERS: Final = {
     contract.OUTCOME.lower().encode(): OUTCOME,
 }
 _RESERVED: Final = contract.RESERVED_PREFIX.encode()
-_NOT_IN_HOSTS: Final = b' \t,/@?#"<>\\'
+_HOST_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+;=:[]%"  # RFC 3986
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
 _REQUEST_ID_BYTES_MAX: Final = 128
@@ -166,7 +166,7 @@ class RequestHead:
 
 def is_host(host: bytes) -> bool:
     """Whether a Host field's value can be one, as far as a router must know."""
-    return host.translate(None, _NOT_IN_HOSTS) == host
+    return not host.translate(None, _HOST_BYTES)
 
 
 def read_request(
@@ -204,6 +204,7 @@ def read_request(
         elif kind == CONNECTION:
             options += [option.strip().lower() for option in value.split(b",")]
         elif kind == CONTENT_LENGTH:
+            value = value.strip(b" \t")  # what surrounds it is no part of it
             if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.BAD_REQUEST, "Content-Length is not one number")
             length = int(value)
@@ -232,7 +233,7 @@ def read_request(
             forwarded.setdefault(kind, []).append(value)
     if is_chunked and (length >= 0 or not is_http_11):
         raise RequestError(Problem.BAD_REQUEST, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
-    if target[:1] != b"/":
+    if target[:1] != b"/" or method == b"CONNECT":
         target, host = _origin_form(method, target, host)
     elif b"#" in target:
         raise RequestError(Problem.BAD_REQUEST, "a fragment in the request target")
@@ -357,6 +358,7 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
         elif kind == DROP:
             pass
         elif kind == CONTENT_LENGTH:
+            value = value.strip(b" \t")  # as above
             if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Content-Length is not one number")
             length = int(value)

@@ -72,6 +72,7 @@ class Intake:
         "_parser",
         "_refusal",
         "_reparse",
+        "_trailer_bytes",
         "_trailers",
         "_url",
         "came",
@@ -99,6 +100,7 @@ class Intake:
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
+        self._trailer_bytes = 0
         self._trailers: list[tuple[bytes, bytes]] = []
         self._filling: Exchange | None = None  # the exchange whose body is being parsed
         self._reparse: bytes | None = None
@@ -198,9 +200,11 @@ class Intake:
             self._fields.append((name, value))
             return
         self._trailers.append((name, value))
-        if len(self._trailers) > self._front.settings.headers_max:
-            limit = self._front.settings.headers_max
-            self._refusal = RequestError(Problem.TOO_LARGE, f"over {limit} trailer fields", status=431)
+        self._trailer_bytes += len(name) + len(value) + 4
+        settings = self._front.settings
+        if len(self._trailers) > settings.headers_max or self._trailer_bytes > settings.head_bytes_max:
+            limits = f"{settings.headers_max} trailer fields or {settings.head_bytes_max} bytes of them"
+            self._refusal = RequestError(Problem.TOO_LARGE, f"over {limits}", status=431)
             raise self._refusal
 
     def on_headers_complete(self) -> None:
@@ -287,6 +291,7 @@ class Intake:
             exchange.body_ended()
         if self._trailers:
             self._trailers = []
+            self._trailer_bytes = 0
         self._client.touch()
 
     # --- ordinary requests
