@@ -14,6 +14,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from shardlead.router.heads import (
     CONNECTION,
     CONTENT_LENGTH,
+    DATE,
     HOST,
     IDEMPOTENCY_KEY,
     KEY_BIT,
@@ -95,8 +96,9 @@ def answer_plans(kinds: Kinds) -> Plans[AnswerPlan]:
 
     def make(found: list[tuple[bytes, int]]) -> AnswerPlan | None:
         lengths, connections = _of(CONTENT_LENGTH, found), _of(CONNECTION, found)
-        is_plain = {kind for _, kind in found} <= {PASS, CONTENT_LENGTH, CONNECTION}
-        if not is_plain or len(lengths) != 1 or len(connections) > 1:
+        is_plain = {kind for _, kind in found} <= {PASS, CONTENT_LENGTH, CONNECTION, DATE}
+        has_date = len(_of(DATE, found)) == 1  # one without is given one
+        if not is_plain or not has_date or len(lengths) != 1 or len(connections) > 1:
             return None
         return AnswerPlan(lengths[0], connections[0] if connections else b"")
 
