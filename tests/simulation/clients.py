@@ -122,6 +122,10 @@ class Client:
         except (OSError, TimeoutError):
             raise _NotSentError from None
 
+    def leave(self) -> None:
+        """Close the connection, if there is one."""
+        self._drop()
+
     def _drop(self) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -112,7 +112,11 @@ async def _live(world: World, nemesis: Nemesis, scenario: Scenario, outcome: Out
     healed_ns = world.loop.true_ns()
     limit_s = world.setup.ttl_s + CLAIM_S + (LEADER_CHANGE_EXTRA_S if nemesis.has_changed_leader else LIVE_EXTRA_S)
     limit_s += scenario.heals_late_s + world.brake_s()
-    if not await world.until_whole(limit_s):
+    is_whole = await world.until_whole(limit_s)
+    if not is_whole and (braked_s := world.brake_s()):  # by what struck before everything was healed, and ended since
+        limit_s += braked_s
+        is_whole = await world.until_whole(braked_s)
+    if not is_whole:
         missing = world.what_is_missing()
         is_late = await world.until_whole(60.0)
         after_s = (world.loop.true_ns() - healed_ns) / NS_PER_S

@@ -103,13 +103,14 @@ def _case(
     etcd_version: str = VERSION,
     pause_s: float = 2.0,
     heals_late_s: float = 0.0,
+    seeds: int = 12,
 ) -> Case:
     setup = Setup(misbehaviour=misbehaviour, tolerated=tolerated | must_break, etcd_version=etcd_version)
     count = (len(deeds), len(deeds))
     scenario = Scenario(
         str(misbehaviour), deeds, setup, mean_pause_s=pause_s, deeds_at_once=count, heals_late_s=heals_late_s
     )
-    return Case(scenario, must_break)
+    return Case(scenario, must_break, seeds)
 
 
 _I3: Final = frozenset({"I3"})
@@ -119,7 +120,13 @@ _OLD: Final = "3.5.1"  # whose progress messages are known to run ahead
 
 MISBEHAVIOURS: Final[Mapping[str, Case]] = {
     "stale-ack": _case(
-        Misbehaviour(stale_ack=1.0), "change_etcd_leader", must_break=_I3, tolerated=BELIEFS, pause_s=6.0
+        Misbehaviour(stale_ack=1.0),
+        "change_etcd_leader",
+        "lag_member",
+        must_break=_I3,
+        tolerated=BELIEFS,
+        pause_s=3.0,
+        seeds=24,
     ),
     "early-revoke": _case(Misbehaviour(early_revoke=0.1), "lag_member", must_break=_I3, tolerated=BELIEFS),
     "key-gone-lease-alive": _case(

@@ -339,6 +339,8 @@ class World:
             operation = await self.client_machine.spawn(client.act(key, is_read=True))
             if operation.outcome != "ok":
                 self.witness.fail("I9", f"the last read of {key} failed: {operation}")
+        for client in self.clients:
+            client.leave()
         for check in invariants.AT_THE_END:
             check(self.witness)
         for error in self.loop.errors:
