@@ -2,6 +2,7 @@
 
     from shardlead import Leadership            what an application's object is given
     from shardlead import Worker, EtcdStore     a worker in one's own process
+    from shardlead import Client                requests straight to each key's leader, without a router
     from shardlead.fencing import ...           storage that refuses old epochs
     from shardlead.testing import ...           a cluster for tests of one's own
     from shardlead import NotLeading, Fenced    and all other errors, one tree: see shardlead.errors
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shardlead.errors import (
+    AnswerBroken,
     ClusterError,
     CommandError,
     ConfigError,
@@ -21,13 +23,18 @@ from shardlead.errors import (
     LeadershipError,
     LeadershipLost,
     NotLeading,
+    OutcomeUnknown,
+    RequestError,
+    RequestFailed,
     ResourceUnavailable,
     ShardleadError,
     StoreError,
+    Unserved,
     WriteUnknown,
 )
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and editors see it
+    from shardlead.client import Client
     from shardlead.clock import Clock, SystemClock
     from shardlead.config import Settings
     from shardlead.store.etcd import EtcdStore
@@ -36,7 +43,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and 
     from shardlead.worker.runtime import Worker
 
 __all__ = [
+    "AnswerBroken",
     "Application",
+    "Client",
     "Clock",
     "ClusterError",
     "CommandError",
@@ -48,17 +57,22 @@ __all__ = [
     "LeadershipError",
     "LeadershipLost",
     "NotLeading",
+    "OutcomeUnknown",
+    "RequestError",
+    "RequestFailed",
     "ResourceUnavailable",
     "Settings",
     "ShardleadError",
     "StoreError",
     "SystemClock",
+    "Unserved",
     "Worker",
     "WriteUnknown",
 ]
 
 _HOMES = {
     "Application": "shardlead.worker.application",
+    "Client": "shardlead.client",
     "Clock": "shardlead.clock",
     "EtcdStore": "shardlead.store.etcd",
     "Leadership": "shardlead.worker.leadership",

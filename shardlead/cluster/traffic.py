@@ -216,6 +216,11 @@ class Traffic(Generic[R]):
                 gate.remove(request)
                 self._unhold(request)
 
+    def give_up(self, request: R) -> None:
+        """It is held, and may not wait any longer."""
+        self._gate(request.shard).remove(request)
+        self._expire(request)
+
     def ended(self, request: R) -> None:
         """It is over, whatever became of it."""
         if self.gates:
