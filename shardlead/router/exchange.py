@@ -278,7 +278,26 @@ class Exchange:
         """The client's half of the tunnel has ended; False: so has the worker's, or it cannot be told."""
         return not self.is_half_closed and self.connection is not None and self.connection.write_eof()
 
-    # --- what the desk says
+    # --- what the desk says (`cluster.traffic.Request`)
+
+    @property
+    def method(self) -> bytes:
+        return self.head.method
+
+    @property
+    def has_idempotency_key(self) -> bool:
+        return self.head.has_idempotency_key
+
+    @property
+    def is_body_kept(self) -> bool:
+        return self.body.is_kept
+
+    @property
+    def is_connecting(self) -> bool:
+        return self.state == WAITING
+
+    def touch(self) -> None:
+        self.client.touch()
 
     def send(self, leader: Leader, pool: Pool, *, must_be_alive: bool) -> None:
         """Send it to this leader."""
