@@ -11,7 +11,7 @@ import aiohttp
 import orjson
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from shardlead.client.call import NEVER_NS, Call
+from shardlead.client.call import DONE, NEVER_NS, Call
 from shardlead.clock import Clock
 from shardlead.core.contract import RESERVED_PREFIX
 from shardlead.errors import AnswerBroken
@@ -23,19 +23,28 @@ _UNTOLD: Final = "the connection to the shard's leader ended before the answer w
 class Answer:
     """What the shard's leader has answered. `headers` has no `Shardlead-*`; `shard`, `epoch` and `worker` say whose."""
 
-    __slots__ = ("_body", "_call", "_clock", "_response", "headers", "shard", "status")
+    __slots__ = ("_body", "_call", "_clock", "_headers", "_response", "status")
 
     def __init__(self, call: Call, response: aiohttp.ClientResponse, clock: Clock) -> None:
         self.status = response.status
-        self.headers = _stripped(response.headers)
-        self.shard = call.shard
         self._call = call
         self._response = response
         self._clock = clock
         self._body: bytes | None = None
+        self._headers: CIMultiDictProxy[str] | None = None
 
     def __repr__(self) -> str:
         return f"<Answer {self.status} of {self.worker} for shard {self.shard} under epoch {self.epoch}>"
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        if self._headers is None:
+            self._headers = _stripped(self._response.headers)
+        return self._headers
+
+    @property
+    def shard(self) -> int:
+        return self._call.shard
 
     @property
     def reason(self) -> str:
@@ -60,6 +69,10 @@ class Answer:
         """The whole body. Raises AnswerBroken."""
         if self._body is None:
             stream = self._response.content
+            if self._call.state == DONE and stream.is_eof() and not self._call.broken:  # nothing to wait for
+                self._body = stream.read_nowait()
+                self._check_end()
+                return self._body
             pieces = []
             while piece := await self._progress(stream.readany()):
                 pieces.append(piece)
@@ -76,7 +89,8 @@ class Answer:
 
     def release(self) -> None:
         """No more of it is read: its connection is used again if the answer has come whole, else closed."""
-        self._response.release()
+        if not self._response.closed:
+            self._response.release()
 
     async def _progress(self, reading: Awaitable[bytes]) -> bytes:
         """Await a piece, bounded and translated."""

@@ -4,7 +4,6 @@ What it never does: decide, or touch HTTP. It remembers what was decided for it,
 """
 
 import asyncio
-from enum import IntEnum
 from typing import Any, Final, Protocol
 
 from aiohttp import StreamReader
@@ -24,80 +23,62 @@ class Queue(Protocol):
     def withdraw(self, call: "Call") -> None: ...
 
 
-class State(IntEnum):
-    DECIDED = 0  # what comes next is in `decision`, or is held back by a gate
-    WAITING = 1  # for a connection
-    SENT = 2
-    ANSWERING = 3
-    DONE = 4
+# Where a call stands.
+DECIDED: Final = 0  # what comes next is in `decision`, or is held back by a gate
+WAITING: Final = 1  # for a connection
+SENT: Final = 2
+ANSWERING: Final = 3
+DONE: Final = 4
+_NAMES: Final = ("decided", "waiting", "sent", "answering", "done")
 
 
 class Call:
-    """`cluster.traffic.Request`, kept small: there is one for each request."""
+    """`cluster.traffic.Request`. There is one for each request, so what is seldom set stands in the class."""
 
-    __slots__ = (
-        "_cancelling",
-        "_waker",
-        "body",
-        "broken",
-        "connection",
-        "deadline_ns",
-        "decision",
-        "has_idempotency_key",
-        "has_place",
-        "held_ns",
-        "hold_until_ns",
-        "is_held",
-        "is_taken_back",
-        "is_unsent",
-        "leader",
-        "method",
-        "number",
-        "pool",
-        "protocol",
-        "queued_ns",
-        "repeats",
-        "shard",
-        "state",
-        "stream",
-        "task",
-        "timeout_ns",
-        "why",
-    )
+    leader: Leader | None = None
+    why = Happened.ARRIVED
+    repeats = 0
+    is_held = False
+    held_ns = 0
+    hold_until_ns = 0
+    state = DECIDED
+    decision: Leader | Answer | None = None
+    queued_ns = 0  # since when it waits for a place in its pool; 0: it does not
+    has_place = False
+    is_taken_back = False
+    pool: Queue | None = None
+    connection: Connection | None = None
+    protocol: ResponseHandler | None = None
+    stream: StreamReader | None = None  # its answer's body
+    broken = ""  # why its answer cannot be made whole
+    _cancelling = 0
+    _waker: asyncio.Future[None] | None = None
 
-    def __init__(self, number: int, method: str, shard: int, body: Body, *, has_idempotency_key: bool) -> None:
+    def __init__(
+        self,
+        number: int,
+        method: str,
+        shard: int,
+        body: Body,
+        *,
+        has_idempotency_key: bool,
+        task: asyncio.Task[Any] | None,
+        timeout_ns: int,
+        deadline_ns: int,
+    ) -> None:
         self.number = number
         self.method = method
         self.shard = shard
         self.body = body
         self.has_idempotency_key = has_idempotency_key
-        self.leader: Leader | None = None
-        self.why = Happened.ARRIVED
-        self.repeats = 0
-        self.is_held = False
-        self.held_ns = 0
-        self.hold_until_ns = 0
-        self.state = State.DECIDED
-        self.decision: Leader | Answer | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.timeout_ns = 0
-        self.deadline_ns = 0
-        self.queued_ns = 0  # since when it waits for a place in its pool; 0: it does not
-        self.has_place = False
-        self.is_taken_back = False
-        self.is_unsent = False  # its connection was dead before anything was written
-        self.pool: Queue | None = None
-        self.connection: Connection | None = None
-        self.protocol: ResponseHandler | None = None
-        self.stream: StreamReader | None = None  # its answer's body
-        self.broken = ""  # why its answer cannot be made whole
-        self._cancelling = 0
-        self._waker: asyncio.Future[None] | None = None
+        self.task = task
+        self.timeout_ns = timeout_ns
+        self.deadline_ns = deadline_ns
 
     def __repr__(self) -> str:
         under = f" under epoch {self.leader.epoch} of {self.leader.worker}" if self.leader is not None else ""
         held = ", held" if self.is_held else ""
-        return f"<Call {self.number}: {self.method}, shard {self.shard}, {self.state.name.lower()}{held}{under}>"
+        return f"<Call {self.number}: {self.method}, shard {self.shard}, {_NAMES[self.state]}{held}{under}>"
 
     # --- `cluster.traffic.Request`
 
@@ -107,7 +88,7 @@ class Call:
 
     @property
     def is_connecting(self) -> bool:
-        return self.state == State.WAITING
+        return self.state == WAITING
 
     def touch(self) -> None:
         """A hold counts into the time allowed."""
@@ -116,9 +97,9 @@ class Call:
         """Who sent it sees to its connection."""
 
     def take_back(self) -> bool:
-        if self.state != State.WAITING:
+        if self.state != WAITING:
             return False
-        self.state = State.DECIDED
+        self.state = DECIDED
         if self.queued_ns:
             assert self.pool is not None, "it waits there"
             self.pool.withdraw(self)

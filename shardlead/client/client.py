@@ -27,7 +27,7 @@ from multidict import CIMultiDict, istr
 
 from shardlead.client.answer import Answer
 from shardlead.client.body import Body, body_of
-from shardlead.client.call import NEVER_NS, Call, State
+from shardlead.client.call import ANSWERING, DECIDED, DONE, NEVER_NS, SENT, WAITING, Call
 from shardlead.client.pool import Broken, NotOpened, Overtaken, Pool, Pools, Unsendable
 from shardlead.clock import NS_PER_S, Clock, SystemClock
 from shardlead.cluster.traffic import NOT_READY, Traffic
@@ -63,6 +63,7 @@ _KEY: Final = istr(contract.KEY)
 _CONTENT_TYPE: Final = istr("Content-Type")
 _CONTENT_LENGTH: Final = istr("Content-Length")
 _IDEMPOTENCY_KEY: Final = istr(contract.IDEMPOTENCY_KEY)
+_METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Z-]+")
 _REFUSING: Final = frozenset({421, 502, 503})  # the statuses under which a runtime speaks for itself
 
@@ -249,7 +250,7 @@ class Client:
         method = method.upper()
         if not path.startswith("/"):
             raise RequestError(Problem.BAD_REQUEST, f"the path {path[:100]!r} does not begin with a slash")
-        if method == "CONNECT" or _TOKEN.fullmatch(method) is None:
+        if method not in _METHODS and (method == "CONNECT" or _TOKEN.fullmatch(method) is None):
             raise RequestError(Problem.BAD_REQUEST, f"the method {method[:100]!r} is none that has a key and a path")
         body = await body_of(data, json)
         try:
@@ -260,10 +261,17 @@ class Client:
         fields[_SHARD] = str(shard)
         fields[_KEY] = encode_key(raw_key).decode("ascii")
         self._number += 1
-        call = Call(self._number, method, shard, body, has_idempotency_key=_IDEMPOTENCY_KEY in fields)
-        call.task = asyncio.current_task()
-        call.timeout_ns = self._timeout_ns if timeout_s is None else int(timeout_s * NS_PER_S)
-        call.deadline_ns = self._clock.now_ns() + call.timeout_ns
+        timeout_ns = self._timeout_ns if timeout_s is None else int(timeout_s * NS_PER_S)
+        call = Call(
+            self._number,
+            method,
+            shard,
+            body,
+            has_idempotency_key=headers is not None and _IDEMPOTENCY_KEY in fields,
+            task=asyncio.current_task(),
+            timeout_ns=timeout_ns,
+            deadline_ns=self._clock.now_ns() + timeout_ns,
+        )
         if body.is_large:
             body.on_begin = lambda: self._traffic.accepted(call)
             body.on_progress = lambda: self._touch(call)
@@ -274,22 +282,19 @@ class Client:
             else:
                 self._traffic.happened(call, Happened.ARRIVED)
             while True:
-                response = await self._send(call, await self._decided(call), path, params, fields)
+                if (decision := call.decision) is None:
+                    await call.woken()
+                    continue
+                call.decision = None
+                if not isinstance(decision, Leader):
+                    raise _failure(decision, call.shard)
+                response = await self._send(call, decision, path, params, fields)
                 if response is not None:
                     return Answer(call, response, self._clock)
         except BaseException:
             self._traffic.withdraw(call)
             self._end(call)
             raise
-
-    async def _decided(self, call: Call) -> Leader:
-        """Whom to send it to, once that is known. Raises RequestFailed where it is decided otherwise."""
-        while (decision := call.decision) is None:
-            await call.woken()
-        call.decision = None
-        if isinstance(decision, Leader):
-            return decision
-        raise _failure(decision, call.shard)
 
     async def _send(
         self, call: Call, leader: Leader, path: str, params: Mapping[str, str] | None, fields: CIMultiDict[str]
@@ -298,14 +303,14 @@ class Client:
         if self._pools is None:
             raise _failure(_CLOSED, call.shard)
         call.leader = leader
-        call.state = State.WAITING
+        call.state = WAITING
         fields[_EPOCH] = str(leader.epoch)
         pool = call.pool = self._pools.to(leader.worker, leader.address)
         what = Happened.NOT_OPENED
         try:
             if not pool.enter(call):
                 await self._queued(call, pool)
-            if call.state == State.WAITING:
+            if call.state == WAITING:
                 return self._answered(call, await pool.send(call, path, params, fields))
         except NotOpened as exc:
             self.counts.connects["timed-out" if isinstance(exc.__cause__, TimeoutError) else "failed"] += 1
@@ -322,8 +327,8 @@ class Client:
                 raise
         if call.is_taken_back:  # its cancellation was turned into something else on the way
             call.was_taken_back()
-        if call.state != State.DECIDED:  # else somebody has ended this sending, and decided
-            call.state = State.DECIDED
+        if call.state != DECIDED:  # else somebody has ended this sending, and decided
+            call.state = DECIDED
             self._traffic.happened(call, what)
         return None
 
@@ -331,25 +336,25 @@ class Client:
         """Return once it has a place in the pool, or was taken back."""
         call.queued_ns = self._clock.now_ns()
         try:
-            while not call.has_place and call.state == State.WAITING:
+            while not call.has_place and call.state == WAITING:
                 await call.woken()
         except BaseException:
             if call.queued_ns:
                 pool.withdraw(call)
             pool.give_back(call)
             raise
-        if call.state != State.WAITING:
+        if call.state != WAITING:
             pool.give_back(call)
 
     def _answered(self, call: Call, response: aiohttp.ClientResponse) -> aiohttp.ClientResponse | None:
         """The head of an answer has come: the application's, or the runtime's refusal."""
-        if call.state == State.DECIDED:
+        if call.state == DECIDED:
             response.close()
             return None
         if response.status in _REFUSING and (what := _what(response)) is not None:
             headers = response.headers
             epoch = headers.get(contract.EPOCH, "")
-            call.state = State.DECIDED
+            call.state = DECIDED
             # The contract's runtimes send a refusal in one piece; one that is not whole is not worth waiting for.
             response.close() if call.body.is_large else response.release()
             self._traffic.turned_down(
@@ -367,7 +372,7 @@ class Client:
         if call.connection is None:  # it has come whole
             self._end(call)
         else:
-            call.state = State.ANSWERING
+            call.state = ANSWERING
             call.stream = response.content
         return response
 
@@ -380,7 +385,7 @@ class Client:
         call.deadline_ns = self._clock.now_ns() + call.timeout_ns
 
     def _end(self, call: Call) -> None:
-        call.state = State.DONE
+        call.state = DONE
         self._calls.pop(call, None)
         if self._traffic.gates:
             self._traffic.ended(call)
@@ -388,17 +393,16 @@ class Client:
     def _end_all(self) -> None:
         """The client is being closed."""
         for call in tuple(self._calls):
-            match call.state:
-                case State.SENT:
-                    call.state = State.DECIDED
-                    call.fail(_CUT_BY_CLOSE)
-                    call.abort()
-                case State.ANSWERING:
-                    call.tear("the client was closed before the answer was whole")
-                case _:
-                    self._traffic.withdraw(call)
-                    call.take_back()
-                    call.fail(_CLOSED)
+            if call.state == SENT:
+                call.state = DECIDED
+                call.fail(_CUT_BY_CLOSE)
+                call.abort()
+            elif call.state == ANSWERING:
+                call.tear("the client was closed before the answer was whole")
+            else:
+                self._traffic.withdraw(call)
+                call.take_back()
+                call.fail(_CLOSED)
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -421,20 +425,16 @@ class Client:
     def _time_out(self, call: Call) -> None:
         if call.is_held:
             self._traffic.give_up(call)
-            return
-        match call.state:
-            case State.WAITING:
-                is_queued = call.queued_ns > 0
-                call.take_back()
-                call.fail(_CROWDED if is_queued else routing.UNREACHABLE)
-            case State.SENT:
-                call.state = State.DECIDED
-                call.abort()
-                self._traffic.happened(call, Happened.SILENT)
-            case State.ANSWERING:
-                call.tear("the answer stood still for longer than the time allowed")
-            case _:
-                pass
+        elif call.state == WAITING:
+            is_queued = call.queued_ns > 0
+            call.take_back()
+            call.fail(_CROWDED if is_queued else routing.UNREACHABLE)
+        elif call.state == SENT:
+            call.state = DECIDED
+            call.abort()
+            self._traffic.happened(call, Happened.SILENT)
+        elif call.state == ANSWERING:
+            call.tear("the answer stood still for longer than the time allowed")
 
     # --- news
 
@@ -468,11 +468,11 @@ class Client:
     def _give_up_on(self, call: Call, connection: object) -> None:
         if call.connection is not connection:
             return
-        if call.state == State.SENT:
-            call.state = State.DECIDED
+        if call.state == SENT:
+            call.state = DECIDED
             call.abort()
             self._traffic.happened(call, Happened.FORCED)
-        elif call.state == State.ANSWERING:
+        elif call.state == ANSWERING:
             call.tear("the session of the shard's leader ended before the answer was whole")
 
 

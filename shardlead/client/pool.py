@@ -1,7 +1,8 @@
-"""A client's connections to one worker: an aiohttp session of its own, and who waits for a place in it.
+"""A client's connections to one worker, and who waits for a place among them.
 
-What it never does: choose a leader. What aiohttp would do by itself and our law forbids is switched off here: no
-redirect is followed, no cookie kept, and nothing is sent a second time (aiohttp repeats a PUT whose connection broke).
+What it never does: choose a leader, follow a redirect, keep a cookie, or send anything a second time. That is why
+aiohttp's connector, request and response are used here without its session, which does all of that (it repeats a PUT
+whose connection broke) and costs more than what is left.
 
 Law: as the router's pool. Never more than `connections_max`; who finds none waits its turn. Unused connections are
 closed long before the worker would. Before a request that must not be sent twice goes out, its connection is looked
@@ -14,23 +15,22 @@ import select
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
+from multidict import CIMultiDict
+from yarl import URL
 
-from shardlead.client.call import Call, State
+from shardlead.client.call import ANSWERING, SENT, Call
 from shardlead.config import RouterSettings, split_address
 from shardlead.core.contract import SAFE_METHODS
 from shardlead.core.shardmap import ShardMap
 
 CLOSE_TIMEOUT_S: Final = 1.0
 _GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
-
-_sending: ContextVar[tuple[Call, "Pool"]] = ContextVar("sending")  # from Pool.send to the request that aiohttp makes
 
 
 class Stale(Exception):
@@ -74,15 +74,11 @@ class Pool:
         self._base = f"http://{address}"
         self._is_address = split_address(address) is not None  # a worker's record may say anything
         self._connections_max = settings.upstream_connections_max
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=settings.upstream_idle_timeout_s, ttl_dns_cache=None
-            ),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            request_class=_Request,
-            response_class=_Response,
+        self._connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=settings.upstream_idle_timeout_s, ttl_dns_cache=None
         )
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
+        self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
         return f"<Pool of {self.worker} at {self.address}: {self.busy} busy, {len(self.waiting)} waiting>"
@@ -95,7 +91,7 @@ class Pool:
         """End all its connections."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):  # a worker that reads nothing would keep what is unsent
-                await self._session.close()
+                await self._connector.close()
 
     # --- places
 
@@ -129,110 +125,110 @@ class Pool:
 
     # --- one sending
 
-    async def send(self, call: Call, path: str, params: Any, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def send(
+        self, call: Call, path: str, params: Mapping[str, str] | None, fields: CIMultiDict[str]
+    ) -> aiohttp.ClientResponse:
         """Send it; the answer, whose head has come. The place that the call has is given free when its connection is,
         or with what this raises: NotOpened, Overtaken, Unsendable, Broken, CancelledError."""
         body = call.body
-        while True:
-            token = _sending.set((call, self))
-            try:
-                if not self._is_address:
-                    raise NotOpened(f"not an address: {self.address}")
-                return await self._session.request(
-                    call.method,
-                    self._base + path,
-                    params=params,
-                    data=body.stream,
-                    headers=headers,
-                    allow_redirects=False,
-                    expect100=body.is_large,
-                )
-            except Stale:
-                continue  # each time there is one less of these
-            except Broken:
-                if call.is_unsent:
-                    call.is_unsent = False
-                    raise Overtaken from None
-                raise
-            except (aiohttp.ClientError, OSError, ValueError) as exc:  # UnicodeError: a host that nobody could know
-                if call.has_place:
-                    self.give_back(call)
-                    raise NotOpened(str(exc)) from exc
-                raise Broken(str(exc)) from exc
-            except BaseException:
-                self.give_back(call)
-                raise
-            finally:
-                _sending.reset(token)
-
-    def released(self, call: Call, connection: Connection) -> None:
-        """aiohttp has let the connection go."""
-        self._leave()
-        if call.connection is connection:
-            call.connection = None
-            if call.state == State.ANSWERING:
-                self.ended(call)
-
-
-class _Request(aiohttp.ClientRequest):
-    """aiohttp's request, which looks at its connection before it uses it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super().__init__(*args, **kwargs)
-        except (ValueError, TypeError) as exc:
-            raise Unsendable(str(exc)) from exc
-        self._call, self._pool = _sending.get()
+            if not self._is_address:
+                raise NotOpened(f"not an address: {self.address}")
+            try:
+                request = _Request(
+                    call.method,
+                    URL(self._base + path),
+                    params=params,
+                    headers=fields,
+                    data=body.stream,
+                    expect100=body.is_large,
+                    loop=self._loop,
+                    response_class=aiohttp.ClientResponse,
+                )
+            except (ValueError, TypeError) as exc:
+                raise Unsendable(str(exc)) from exc
+            while True:
+                try:
+                    connection = await self._connector.connect(request, [], self._timeout)
+                except (aiohttp.ClientError, OSError, ValueError) as exc:  # UnicodeError: a host nobody could know
+                    raise NotOpened(str(exc)) from exc
+                try:
+                    self._check(call, connection)
+                    return await self._exchange(call, request, connection)
+                except Stale:
+                    connection.close()  # each time there is one less of these
+                except BaseException:
+                    connection.close()
+                    raise
+        except BaseException:
+            self.give_back(call)
+            raise
 
-    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Between the look at the connection and the write there is no await. aiohttp would write a body from a task
-        of its own, a turn of the loop later; a short one is written here instead."""
-        call, pool = self._call, self._pool
-        if not pool.is_current(call):
+    def _check(self, call: Call, connection: Connection) -> None:
+        """Raises Overtaken or Stale. Between this and the write there is no await."""
+        if not self.is_current(call):
             raise Overtaken
-        transport, protocol = conn.transport, conn.protocol
+        transport, protocol = connection.transport, connection.protocol
         if transport is None or protocol is None or transport.is_closing() or protocol.writing_paused:
             raise Stale
         if _must_be_alive(call) and not _is_alive(transport):
             raise Stale
-        call.state = State.SENT
-        call.has_place = False  # from here on it is the connection's
-        call.connection = conn
+
+    async def _exchange(self, call: Call, request: "_Request", connection: Connection) -> aiohttp.ClientResponse:
+        """From here on the place is the connection's."""
+        transport, protocol = connection.transport, connection.protocol
+        assert transport is not None, "as checked"
+        assert protocol is not None, "as checked"
+        call.state = SENT
+        call.has_place = False
+        call.connection = connection
         call.protocol = protocol
-        conn.add_callback(partial(pool.released, call, conn))
+        connection.add_callback(partial(self._released, call, connection))
+        protocol.set_response_params(skip_payload=call.method == "HEAD", read_until_eof=True)
+        request.call = call
         try:
-            response = await super().send(conn)
+            response = await request.send(connection)
+            # aiohttp would write a body from a task of its own, a turn of the loop later.
+            if call.body.kept:
+                transport.write(call.body.kept)
+            try:
+                return await response.start(connection)
+            except BaseException:
+                response.close()
+                raise
         except (ValueError, TypeError) as exc:
             raise Unsendable(str(exc)) from exc
         except (aiohttp.ClientError, OSError) as exc:
+            if request.is_unsent:
+                raise Overtaken from exc
             raise Broken(str(exc)) from exc
-        if call.body.kept:
-            transport.write(call.body.kept)
-        return response
+
+    def _released(self, call: Call, connection: Connection) -> None:
+        """aiohttp has let the connection go."""
+        self._leave()
+        if call.connection is connection:
+            call.connection = None
+            if call.state == ANSWERING:
+                self.ended(call)
+
+
+class _Request(aiohttp.ClientRequest):
+    """aiohttp's request, whose task for a large body looks at the connection once more before it begins."""
+
+    call: Call | None = None
+    is_unsent = False
 
     async def write_bytes(
         self, writer: AbstractStreamWriter, conn: Connection, content_length: int | None = None
     ) -> None:
-        """aiohttp's task for a large body: it begins with the head, and the wait for a 100."""
-        transport, protocol = conn.transport, conn.protocol
-        is_dead = (
-            transport is None or transport.is_closing() or (_must_be_alive(self._call) and not _is_alive(transport))
-        )
-        if is_dead and protocol is not None:
-            self._call.is_unsent = True
-            protocol.set_exception(aiohttp.ClientConnectionError("dead before anything was written"))
+        """It begins with the head, and waits for a 100."""
+        transport, protocol, call = conn.transport, conn.protocol, self.call
+        if transport is None or transport.is_closing() or (call and _must_be_alive(call) and not _is_alive(transport)):
+            self.is_unsent = True
+            if protocol is not None:
+                protocol.set_exception(aiohttp.ClientConnectionError("dead before anything was written"))
             return
         await super().write_bytes(writer, conn, content_length)
-
-
-class _Response(aiohttp.ClientResponse):
-    """aiohttp's response; a broken one is told in a way that aiohttp does not answer by sending again."""
-
-    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        try:
-            return await super().start(connection)
-        except (aiohttp.ClientError, OSError) as exc:
-            raise Broken(str(exc)) from exc
 
 
 def _must_be_alive(call: Call) -> bool:
