@@ -452,6 +452,34 @@ def test_bent_requests_get_the_same_verdict_however_they_are_cut(stream: bytes, 
     assert_agree(told(data.draw(cut(stream))), told([stream]))
 
 
+@examples(300)
+@given(_streams().flatmap(lambda stream: bent_bytes(stream, PIECES)), st.data())
+def test_a_client_that_ends_its_half_anywhere_is_answered_or_let_go(stream: bytes, data: st.DataObject) -> None:
+    """Wherever it stops sending, its connection ends as soon as what came whole has been answered; only a tunnel waits
+    for the worker's half."""
+    with _no_errors():
+        front = Front()
+        front.now_s = 1.0
+        connection, wire = Downstream(front), Wire()
+        connection.connection_made(wire)
+        for piece in data.draw(cut(stream)):
+            if wire.is_reading_now and not wire.is_closed:
+                connection.data_received(piece)
+                if data.draw(st.booleans()):
+                    _settle(front)
+        while not wire.is_reading_now and not wire.is_closed and front.workers.pump():
+            pass  # the end is heard when what came before it has been read
+        is_kept = not wire.is_closed and connection.eof_received()
+        _settle(front)
+        if is_kept and connection._tunnel is None:
+            assert wire.is_closed, "nobody will ever end it"
+        connection.connection_lost(None)
+        _settle(front)
+        assert not front.desk.open
+        assert front.desk.kept_bytes == 0
+        assert not front.workers.busy, "a connection leaks"
+
+
 def test_a_refused_head_behind_one_that_is_read_again_is_refused_in_order() -> None:
     """A request for h2c is read again as an ordinary one; what is wrong behind it is the client's, not our failure."""
     verdict = told([GOOD[6] + b"GET /k/a HTTP/1.1\r\nHost: a b\r\n\r\n"])
