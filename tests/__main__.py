@@ -8,8 +8,8 @@
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
 Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
-clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) must bear the machine
-alone, too; the simulation takes all cores, and comes last.
+clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) come last, and the
+simulation, which has its own time, takes what they leave of the cores.
 """
 
 import contextlib
