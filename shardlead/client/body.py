@@ -6,7 +6,7 @@ a worker has admitted the request; from then on it can be sent again only if it 
 """
 
 from collections.abc import AsyncIterable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 import orjson
@@ -75,7 +75,9 @@ async def body_of(data: Any, json: Any) -> Body:
     payload = _payload_of(data)
     if payload.size is None or payload.size > RESEND_BODY_BYTES_MAX:
         return Body(payload.content_type, source=payload)
-    return Body(payload.content_type, kept=await payload.as_bytes())
+    whole = _Whole()
+    await payload.write(cast(AbstractStreamWriter, whole))
+    return Body(payload.content_type, kept=bytes(whole.data))
 
 
 def _whole(data: bytes, content_type: str) -> Body:
@@ -130,6 +132,21 @@ class _Watched(Payload):
         except Exception as exc:
             body.error = exc
             raise
+
+
+class _Whole:
+    """A writer that keeps what it is given."""
+
+    __slots__ = ("data",)
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    async def write(self, chunk: Bytes) -> None:
+        self.data += chunk
+
+    async def drain(self) -> None:
+        pass
 
 
 class _Progress:
