@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parents[1]
 TREES: Final = ("shardlead", "tests", "loadtest")
 SLOWEST: Final = 10
 SHOW_EVERY_S: Final = 1.0
-WAITING: Final = ("cluster", "controller", "interop", "store", "support")
+WAITING: Final = ("bugs_of_others", "cluster", "controller", "interop", "loadtest", "store", "support")
 """The folders of the first lane: about half of the time."""
 HALF: Final = "etcd or test_dev_command"
 """The whole clusters of one lane: about half of the time, too."""
