@@ -1,6 +1,7 @@
 """shardlead: one leader per shard by lease, requests routed to it by key, and epochs to fence with.
 
     from shardlead import Leadership            what an application's object is given
+    from shardlead import hosted, lead_of       an aiohttp application of one's own as a worker
     from shardlead import Worker, EtcdStore     a worker in one's own process
     from shardlead import Client                requests straight to each key's leader, without a router
     from shardlead.fencing import ...           storage that refuses old epochs
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and 
     )
     from shardlead.store.etcd import EtcdStore
     from shardlead.worker.application import Application
+    from shardlead.worker.hosting import hosted, lead_of
     from shardlead.worker.leadership import Leadership
     from shardlead.worker.runtime import Worker
 
@@ -69,6 +71,8 @@ __all__ = [
     "Unserved",
     "Worker",
     "WriteUnknown",
+    "hosted",
+    "lead_of",
     "verify",
 ]
 
@@ -98,6 +102,8 @@ _HOMES = {
     "Unserved": "shardlead.errors",
     "Worker": "shardlead.worker.runtime",
     "WriteUnknown": "shardlead.errors",
+    "hosted": "shardlead.worker.hosting",
+    "lead_of": "shardlead.worker.hosting",
     "verify": "shardlead.audit",
 }
 
