@@ -17,7 +17,7 @@ from tests.simulation.scenarios import MISBEHAVIOURS, SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 README = Path(__file__).with_name("README.md")
-ALL_SEEDS_S = 480  # on two cores of their own under 180
+ALL_SEEDS_S = 900  # on two cores of their own under 180; others may use them, too
 
 
 def command(*arguments: str, seed: str = "") -> subprocess.CompletedProcess[str]:
