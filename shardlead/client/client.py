@@ -48,7 +48,7 @@ READY_TIMEOUT_S: Final = 10.0
 SESSION_GRACE_S: Final = 0.05
 
 _CROWDED: Final = routing.Answer(Problem.OVERLOADED, 503, "all connections to the shard's leader are in use", 1)
-_CLOSED: Final = routing.Answer(Problem.NOT_READY, 503, "the client is closed; nothing was sent")
+_CLOSED: Final = routing.Answer(Problem.NOT_READY, 503, "the client is not open (any more); nothing was sent")
 _CUT_BY_CLOSE: Final = routing.Answer(Problem.OUTCOME_UNKNOWN, 502, "the client was closed before the answer came")
 _MAYBE_DONE: Final = frozenset({Problem.OUTCOME_UNKNOWN, Problem.TIMED_OUT})
 
@@ -139,6 +139,12 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client of {self._cluster!r}: {len(self._calls)} under way, {self.counts.held} held>"
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the map was last known to be as it is; it grows while the store is silent, and requests go by
+        the last map then."""
+        return self._view.age_s
 
     # --- its life
 
@@ -253,6 +259,8 @@ class Client:
         if method not in _METHODS and (method == "CONNECT" or _TOKEN.fullmatch(method) is None):
             raise RequestError(Problem.BAD_REQUEST, f"the method {method[:100]!r} is none that has a key and a path")
         body = await body_of(data, json)
+        if self._pools is None:
+            raise _failure(_CLOSED, -1)
         try:
             _, shard, leader = self._view.map.route(raw_key)
         except RingError as exc:
@@ -300,7 +308,7 @@ class Client:
         self, call: Call, leader: Leader, path: str, params: Mapping[str, str] | None, fields: CIMultiDict[str]
     ) -> aiohttp.ClientResponse | None:
         """Send it once. The application's answer; or None, and what comes next is decided, or it is held."""
-        if self._pools is None:
+        if self._pools is None:  # closed while this was held
             raise _failure(_CLOSED, call.shard)
         call.leader = leader
         call.state = WAITING

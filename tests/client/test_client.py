@@ -470,6 +470,78 @@ def test_a_connection_that_is_dead_is_not_used(method: str, size: int | None, is
     scene(main, is_uvloop=is_uvloop)
 
 
+@pytest.mark.parametrize("is_uvloop", [True, False])
+def test_a_connection_that_dies_before_a_large_bodys_head_is_written_is_not_used(is_uvloop: bool) -> None:
+    """aiohttp writes that head in a task, a turn after the connection was looked at: it is looked at there again."""
+
+    async def main(here: ClientStage) -> None:
+        worker = await led(here)
+        for _ in range(5):
+            assert (await here.direct.request("POST", "/", key="a", data=bytes(100_000))).status == 200
+            asyncio.get_running_loop().call_soon(drop, next(iter(worker.open)))
+        assert len(worker.requests) == 5
+
+    scene(main, is_uvloop=is_uvloop)
+
+
+class SlowConnector(aiohttp.TCPConnector):
+    """Opens a connection when it is let."""
+
+    def __init__(self, go: asyncio.Event, *, hides_cancelling: bool = False) -> None:
+        super().__init__()
+        self.go = go
+        self.is_asked = asyncio.Event()
+        self.hides_cancelling = hides_cancelling
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        self.is_asked.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            if self.hides_cancelling:
+                raise OSError("as some resolver might") from None
+            raise
+        return await super().connect(*arguments, **options)
+
+
+@pytest.mark.parametrize("hides_cancelling", [False, True])
+@pytest.mark.parametrize("how", ["moved", "gone"])
+def test_a_leader_that_changes_while_a_connection_is_opened(how: str, hides_cancelling: bool) -> None:
+    """Moved: once the connection is open it is not used, for the epoch is below the largest seen. Gone: the opening is
+    not waited for. Either way a POST goes to the next leader, once, and its task is not left cancelled."""
+
+    async def main(here: ClientStage) -> None:
+        old = await led(here)
+        new = await here.start("w2")
+        go = asyncio.Event()
+        assert here.direct._pools is not None
+        pool = here.direct._pools.to("w1", old.address)
+        await pool._connector.close()
+        pool._connector = slow = SlowConnector(go, hides_cancelling=hides_cancelling)
+
+        async def post() -> int:
+            answer = await here.ask("POST", "/k/a", b"x")
+            task = asyncio.current_task()
+            assert task is not None
+            assert not task.cancelling()
+            await asyncio.sleep(0)  # would raise if it were
+            return answer.status
+
+        asking = asyncio.create_task(post())
+        await slow.is_asked.wait()
+        if how == "moved":
+            await here.lead(new)
+            go.set()
+        else:
+            await here.gone(old)
+            await here.lead(new)
+        assert await asking == 200
+        assert (len(old.requests), len(new.requests)) == (0, 1)
+        go.set()
+
+    scene(main)
+
+
 def test_a_get_whose_connection_is_dead_is_sent_again() -> None:
     """It is not looked at before; after the failure it is."""
 
@@ -649,8 +721,9 @@ def test_closing_the_client_ends_everything() -> None:
         assert isinstance(reading, AnswerBroken)
         assert [each.problem for each in (post, get, held)] == ["outcome-unknown", "outcome-unknown", "not-ready"]
         assert isinstance(asked, Unserved)
-        with pytest.raises(Unserved):
-            await here.direct.request("GET", "/", key="a")
+        for key in ("a", other):
+            with pytest.raises(Unserved, match="not open"):
+                await here.direct.request("GET", "/", key=key)
 
     scene(main)
 
