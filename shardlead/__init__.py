@@ -1,7 +1,9 @@
 """shardlead: one leader per shard by lease, requests routed to it by key, and epochs to fence with.
 
     from shardlead import Leadership            what an application's object is given
+    from shardlead import hosted, lead_of       an aiohttp application of one's own as a worker
     from shardlead import Worker, EtcdStore     a worker in one's own process
+    from shardlead import Client                requests straight to each key's leader, without a router
     from shardlead.fencing import ...           storage that refuses old epochs
     from shardlead.testing import ...           a cluster for tests of one's own
     from shardlead import verify                what audit logs prove
@@ -15,9 +17,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and editors see it
     from shardlead.audit import verify
+    from shardlead.client import Client
     from shardlead.clock import Clock, SystemClock
     from shardlead.config import Settings
     from shardlead.errors import (
+        AnswerBroken,
         ClusterError,
         CommandError,
         ConfigError,
@@ -26,18 +30,25 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time, as type checkers and 
         LeadershipError,
         LeadershipLost,
         NotLeading,
+        OutcomeUnknown,
+        RequestError,
+        RequestFailed,
         ResourceUnavailable,
         ShardleadError,
         StoreError,
+        Unserved,
         WriteUnknown,
     )
     from shardlead.store.etcd import EtcdStore
     from shardlead.worker.application import Application
+    from shardlead.worker.hosting import hosted, lead_of
     from shardlead.worker.leadership import Leadership
     from shardlead.worker.runtime import Worker
 
 __all__ = [
+    "AnswerBroken",
     "Application",
+    "Client",
     "Clock",
     "ClusterError",
     "CommandError",
@@ -49,18 +60,26 @@ __all__ = [
     "LeadershipError",
     "LeadershipLost",
     "NotLeading",
+    "OutcomeUnknown",
+    "RequestError",
+    "RequestFailed",
     "ResourceUnavailable",
     "Settings",
     "ShardleadError",
     "StoreError",
     "SystemClock",
+    "Unserved",
     "Worker",
     "WriteUnknown",
+    "hosted",
+    "lead_of",
     "verify",
 ]
 
 _HOMES = {
+    "AnswerBroken": "shardlead.errors",
     "Application": "shardlead.worker.application",
+    "Client": "shardlead.client",
     "Clock": "shardlead.clock",
     "ClusterError": "shardlead.errors",
     "CommandError": "shardlead.errors",
@@ -72,13 +91,19 @@ _HOMES = {
     "LeadershipError": "shardlead.errors",
     "LeadershipLost": "shardlead.errors",
     "NotLeading": "shardlead.errors",
+    "OutcomeUnknown": "shardlead.errors",
+    "RequestError": "shardlead.errors",
+    "RequestFailed": "shardlead.errors",
     "ResourceUnavailable": "shardlead.errors",
     "Settings": "shardlead.config",
     "ShardleadError": "shardlead.errors",
     "StoreError": "shardlead.errors",
     "SystemClock": "shardlead.clock",
+    "Unserved": "shardlead.errors",
     "Worker": "shardlead.worker.runtime",
     "WriteUnknown": "shardlead.errors",
+    "hosted": "shardlead.worker.hosting",
+    "lead_of": "shardlead.worker.hosting",
     "verify": "shardlead.audit",
 }
 

@@ -5,6 +5,7 @@ Law: a deadline is elapsed time on this machine since its boot. The wall clock n
 """
 
 import time
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 _CLOCK_ID = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS has no CLOCK_BOOTTIME
@@ -43,8 +44,7 @@ class SystemClock:
 
     __slots__ = ()
 
-    def now_ns(self) -> int:
-        return time.clock_gettime_ns(_CLOCK_ID)
+    now_ns = staticmethod(partial(time.clock_gettime_ns, _CLOCK_ID))  # no frame of Python: it is asked very often
 
     def awake_ns(self) -> int:
         return time.clock_gettime_ns(_AWAKE_ID)

@@ -85,6 +85,7 @@ ADVERTISE: Final = Rule(
 ENDPOINTS: Final = Rule(
     'one or more different "http://host:port", or all "https://host:port", without path, user or query', _are_endpoints
 )
+OUTPUT: Final = Rule('empty, "-", or a file that can be written', lambda path: "\0" not in path)
 FILE: Final = Rule("empty, or a file that can be read", lambda path: "\0" not in path)
 KEY_RULES: Final = Rule(
     'one or more of "path:/template/{key}/*" (with one {key}), "header:<name>", "query:<name>"',
@@ -211,6 +212,12 @@ class RouterSettings:
     """How long a request's head may take to arrive."""
     body_progress_timeout_s: Seconds = 30.0
     """How long a body may stand still, either way."""
+    body_rate_min: Annotated[int, Meta(ge=0, le=10**9)] = 100
+    """Bytes a second at which a body must move on average over body_progress_timeout_s, either way; 0: any."""
+    half_closed_timeout_s: SecondsOrNone = 5.0
+    """How long a client that has closed its sending half is answered: it may be waiting, or gone; 0: not."""
+    tunnel_idle_timeout_s: Seconds = 3_600.0
+    """A tunnel (WebSocket) in which nothing moves for so long is closed."""
     answer_timeout_s: Seconds = 60.0
     """How long a worker may take to begin its answer."""
     connect_timeout_s: Seconds = 1.0
@@ -233,6 +240,27 @@ class RouterSettings:
     """How long a graceful stop may take."""
     forwarded: Literal["append", "replace", "off"] = "append"
     """X-Forwarded-For, -Proto, -Host and Forwarded: "append" to what came, "replace" it, or "off"."""
+    access_log: Annotated[str, OUTPUT] = ""
+    """Where a JSON line for each request goes: a file, "-" (standard output), or empty: nowhere."""
+    tls_cert_file: Annotated[str, FILE] = ""
+    """PEM file of the certificate (and its chain) shown to clients; empty: plain HTTP."""
+    tls_key_file: Annotated[str, FILE] = ""
+    """PEM file of that certificate's key, without a password."""
+    processes: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Processes that share the port; limits hold for each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    ca_file: Annotated[str, FILE] = ""
+    """PEM file of the fleet's own authority. With the three set, workers speak TLS, to whoever has a certificate of
+    it; routers and clients show theirs, and accept only workers that have one."""
+    cert_file: Annotated[str, FILE] = ""
+    """PEM file of this process's certificate (and its chain)."""
+    key_file: Annotated[str, FILE] = ""
+    """PEM file of that certificate's key, without a password."""
+    worker_name: str = ""
+    """The name that a worker's certificate must carry; empty: any certificate of the authority is good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +308,7 @@ class Settings:
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
     log: LogSettings = field(default_factory=LogSettings)
@@ -291,6 +320,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "lease": LeaseSettings,
     "worker": WorkerSettings,
     "router": RouterSettings,
+    "tls": TlsSettings,
     "controller": ControllerSettings,
     "admin": AdminSettings,
     "log": LogSettings,
@@ -325,7 +355,7 @@ class _Relation:
 
 def _relations(settings: Settings) -> list[_Relation]:
     store, lease, worker, router = settings.store, settings.lease, settings.worker, settings.router
-    controller = settings.controller
+    controller, tls = settings.controller, settings.tls
     delta = delta_s(lease)
     slack = lease.ttl_s * (1 - lease.drift) - delta - lease.renew_interval_s
     stop = worker.drain_timeout_s + worker.close_timeout_s + worker.linger_s
@@ -402,6 +432,21 @@ def _relations(settings: Settings) -> list[_Relation]:
             router.connections_per_peer_max <= router.connections_max,
             f"router.connections_per_peer_max ({router.connections_per_peer_max}) is at most router.connections_max "
             f"({router.connections_max})",
+        ),
+        _Relation(
+            ("router.tls_cert_file", "router.tls_key_file"),
+            bool(router.tls_cert_file) == bool(router.tls_key_file),
+            "router.tls_cert_file and router.tls_key_file are given both or neither",
+        ),
+        _Relation(
+            ("tls.ca_file", "tls.cert_file", "tls.key_file"),
+            bool(tls.ca_file) == bool(tls.cert_file) == bool(tls.key_file),
+            "tls.ca_file, tls.cert_file and tls.key_file are given all or none: on the inner hop both sides have one",
+        ),
+        _Relation(
+            ("tls.worker_name", "tls.ca_file"),
+            bool(tls.ca_file) or not tls.worker_name,
+            "a name can be asked of workers' certificates only if there are any: see tls.ca_file",
         ),
         _Relation(
             ("controller.moves_per_worker_max", "controller.moves_in_flight_max"),

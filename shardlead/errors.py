@@ -25,6 +25,10 @@
     │   └── WriteUnknown       the resource did not say whether a fenced write was applied
     ├── ResourceUnavailable    the fenced resource did not answer in time; nothing was written
     ├── RequestError           a request whose key or framing cannot be used
+    ├── RequestFailed          what the smart client raises in place of an answer
+    │   ├── Unserved           surely not processed: nobody led in time, or a bound was met
+    │   ├── OutcomeUnknown     sent, and it may have been processed
+    │   └── AnswerBroken       the answer had begun and cannot be made whole
     ├── CommandError           an operator's command that cannot be carried out
     ├── AuditError             an audit log that cannot be read, or is none
     └── ProcessFailed          a process that was started for tests or `shardlead dev` did not do its part
@@ -267,6 +271,34 @@ class RequestError(ShardleadError):
     def __init__(self, kind: str, detail: str, *, status: int = 400) -> None:
         self.kind, self.detail, self.status = kind, detail, status
         super().__init__(f"{kind}: {detail}")
+
+
+class RequestFailed(ShardleadError):
+    """A request of the smart client that got no whole answer. `kind` is stable, as in `RequestError`; `shard` is -1
+    while it is not known."""
+
+    def __init__(self, kind: str, detail: str, *, shard: int) -> None:
+        self.kind, self.detail, self.shard = kind, detail, shard
+        super().__init__(f"{kind}, shard {shard}: {detail}" if shard >= 0 else f"{kind}: {detail}")
+
+
+class Unserved(RequestFailed):
+    """It was surely not processed: nobody led its shard for as long as it might wait, or a bound was met. The same
+    request may be made again."""
+
+    is_retryable = True
+
+
+class OutcomeUnknown(RequestFailed):
+    """It was sent, and it may have been processed: look before it is repeated. (With an Idempotency-Key to a class
+    that says `idempotent`, it was sent again already where that could help, and may be once more.)"""
+
+
+class AnswerBroken(RequestFailed):
+    """The answer's head had come (so the request was handled), and its body broke off."""
+
+    def __init__(self, shard: int, detail: str) -> None:
+        super().__init__("answer-broken", detail, shard=shard)
 
 
 class CommandError(ShardleadError):

@@ -23,7 +23,11 @@ OTHER_VARIABLES: Final = ("PARENT_", "DEMO_", "DEV_", "TEST_", "DEBUG")
 """Variables with our prefix that are not settings: the parent's pipe, the demo's database, ..."""
 
 SECRETS: Final = frozenset({"store.password"})
-FILES: Final = ("store.ca_file", "store.cert_file", "store.key_file")
+FILES: Final = (
+    *("store.ca_file", "store.cert_file", "store.key_file"),
+    *("router.tls_cert_file", "router.tls_key_file"),
+    *("tls.ca_file", "tls.cert_file", "tls.key_file"),
+)
 
 _SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP)(_\w+)?$")
 """Kubernetes sets such variables for a service that is called shardlead or shardlead-router: no settings of ours."""

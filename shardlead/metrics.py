@@ -181,6 +181,8 @@ class RouterCounts(Protocol):
     @property
     def client_connections(self) -> int: ...
     @property
+    def access_log_dropped(self) -> int: ...
+    @property
     def tunnels(self) -> int: ...
     @property
     def request_durations(self) -> Durations: ...
@@ -245,6 +247,11 @@ class RouterMetrics(Collector):
             "shardlead_router_client_connections", "Client connections open now.", counts.client_connections
         )
         yield GaugeMetricFamily("shardlead_router_tunnels", "Upgraded connections open now.", counts.tunnels)
+        yield CounterMetricFamily(
+            "shardlead_router_access_log_dropped",
+            "Lines of the access log that were dropped because it could not be written fast enough.",
+            counts.access_log_dropped,
+        )
         upstream = GaugeMetricFamily(
             "shardlead_router_upstream_connections",
             "Connections to workers open now, by use: busy or idle.",
@@ -253,6 +260,18 @@ class RouterMetrics(Collector):
         for use, number in zip(("busy", "idle"), self._upstream_connections(), strict=True):
             upstream.add_metric([use], number)
         yield upstream
+
+
+class RouterGroupMetrics:
+    """Several router processes that share a port, as their parent sees them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.processes = Gauge("shardlead_router_processes", "Router processes that serve now.", registry=registry)
+        self.restarts = Counter(
+            "shardlead_router_process_restarts_total",
+            "Router processes that ended by themselves and were started again.",
+            registry=registry,
+        )
 
 
 def _counter(name: str, text: str, label: str, numbers: Mapping[str, int]) -> Metric:

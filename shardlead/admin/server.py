@@ -55,7 +55,8 @@ class AdminServer:
     """One role's admin server: `start`, then `close`.
 
     `live` and `ready` return "" for yes, else the reason why not; `note` what is to be known though the answer is yes
-    (a router that goes on with its last view). Without a `window` there is no map (404).
+    (a router that goes on with its last view). Without a `window` there is no map (404). `metrics` makes the page of
+    metrics where it is not that of `registry` alone (several processes).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class AdminServer:
         ready: Callable[[], str] = _good,
         note: Callable[[], str] = _good,
         window: Window | None = None,
+        metrics: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
         self._settings = settings
         self._role = role
@@ -80,6 +82,7 @@ class AdminServer:
         self._ready = ready
         self._note = note
         self._window = window
+        self._metrics_page = metrics
         self._runner: web.AppRunner | None = None
         self._listeners: set[asyncio.Task[Any]] = set()
         self.address = ""
@@ -148,7 +151,8 @@ class AdminServer:
         return _json(page, status=503 if reason else 200)
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        page = generate_latest(self._registry) if self._metrics_page is None else await self._metrics_page()
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _map(self, _request: web.Request) -> web.Response:
         window = await self._opened_window()

@@ -6,13 +6,13 @@ Law: the admin server is the first to come and the last to go, so that a role th
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
-from shardlead import metrics
+from shardlead import metrics as all_metrics
 from shardlead.admin.server import AdminServer, Window
 from shardlead.cli.running import port_taken
 from shardlead.cli.version import version_of
@@ -33,7 +33,7 @@ READY_SAID_AFTER_S: Final = 5.0
 def new_registry(role: str) -> CollectorRegistry:
     """The registry of this process, which is all ours: without the `_created` series, which only double the page."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
-    return metrics.new_registry(role, version_of())
+    return all_metrics.new_registry(role, version_of())
 
 
 @asynccontextmanager
@@ -46,6 +46,7 @@ async def serving_admin(
     ready: Callable[[], str],
     window: Window,
     note: Callable[[], str] = str,
+    metrics: Callable[[], Awaitable[bytes]] | None = None,
 ) -> AsyncIterator[AdminServer]:
     """A role's admin server. Raises CommandError if its port is taken."""
     admin = AdminServer(
@@ -57,6 +58,7 @@ async def serving_admin(
         ready=ready,
         note=note,
         window=window,
+        metrics=metrics,
     )
     try:
         await admin.start()
@@ -99,7 +101,7 @@ def window_of(view: View) -> Window:
 
 def show_view(view: View, registry: CollectorRegistry) -> None:
     """The view's metrics, read when somebody looks."""
-    shown = metrics.ViewMetrics(registry)
+    shown = all_metrics.ViewMetrics(registry)
     shown.age.set_function(lambda: view.age_s)
     shown.is_fresh.set_function(lambda: view.is_fresh)
     shown.revision.set_function(lambda: view.map.revision)

@@ -111,27 +111,44 @@ def worker_process(application: str, fail_fast: bool, **options: Any) -> int:
 @host_option
 @port_option
 @admin_port_option
+@click.option("--processes", metavar="N", help="So many processes share the port (router.processes).")
 @click.option("--share-port", "is_sharing_port", is_flag=True, help="Let other routers listen on the same port.")
+@click.option("--tell", "parent_fd", type=int, hidden=True)
 @fail_fast_option
+@click.pass_obj
 def router(
+    words: list[str],
+    /,
     name: str | None,
     host: str | None,
     port: str | None,
     admin_port: str | None,
     fail_fast: bool,
     is_sharing_port: bool,
+    processes: str | None,
+    parent_fd: int | None,
     **options: Any,
 ) -> int:
     """Run a router: requests go to their shard's leader.
 
-    Several routers may share a port (--share-port).
+    One process uses one core. Several share the port with --processes, under one parent that starts again what has
+    ended, or each on its own with --share-port.
     """
     loaded = load_settings(
-        **options, host=("router.host", host), port=("router.port", port), admin_port=("admin.port", admin_port)
+        **options,
+        host=("router.host", host),
+        port=("router.port", port),
+        admin_port=("admin.port", admin_port),
+        processes=("router.processes", processes),
     )
+    if parent_fd is None and loaded.settings.router.processes > 1:
+        from shardlead.cli.router_group import run_group
+
+        assert words[0] == "router", "the group has no options of its own"
+        return run_group(loaded, words[1:], name or "")
     from shardlead.cli.router_role import run_router
 
-    return run_router(loaded, name or "", is_fail_fast=fail_fast, is_sharing_port=is_sharing_port)
+    return run_router(loaded, name or "", is_fail_fast=fail_fast, is_sharing_port=is_sharing_port, parent_fd=parent_fd)
 
 
 @click.command()

@@ -1,6 +1,11 @@
 """`shardlead router`: store, view, router and admin, put together."""
 
+import asyncio
+import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+
+from prometheus_client.exposition import generate_latest
 
 from shardlead import log as logs
 from shardlead.cli.parts import looked_up, new_registry, new_view, serving_admin, show_view, staleness, window_of
@@ -22,8 +27,10 @@ from shardlead.router.counts import Counts
 from shardlead.router.server import Router
 
 
-def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port: bool = False) -> int:
-    """A router until a signal comes; the exit code."""
+def run_router(
+    loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port: bool = False, parent_fd: int | None = None
+) -> int:
+    """A router until a signal comes; the exit code. `parent_fd`: the socket of a parent that has started several."""
     settings = loaded.settings
     name = name or default_name()
     logs.configure(settings.log.level, settings.log.format, role="router", name=name)
@@ -35,7 +42,9 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(opened_store(settings, registry))
             view = new_view(store, settings)
-            router = Router(settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port)
+            router = Router(
+                settings.router, view, clock=clock, counts=counts, share_port=is_sharing_port, tls=settings.tls
+            )
 
             def upstream_connections() -> tuple[int, int]:
                 pools = router.desk.pools.values() if router.address else ()
@@ -61,6 +70,10 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
                     window=window_of(view),
                 )
             )
+            serving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            if parent_fd is not None:
+                telling = _tell(parent_fd, serving, lambda: generate_latest(registry), stop)
+                await stack.enter_async_context(running(telling))
             async with stop.interrupting():
                 await reach(settings, is_fail_fast=is_fail_fast)
                 try:
@@ -71,8 +84,26 @@ def run_router(loaded: Loaded, name: str, *, is_fail_fast: bool, is_sharing_port
                     raise port_taken(error, "requests", "--port", settings.router.host, settings.router.port) from None
                 await stack.enter_async_context(running(view.run()))
                 await looked_up(view)
-                say_ready("router", name, router.address, admin.address)
+                if parent_fd is None:
+                    say_ready("router", name, router.address, admin.address)
+                else:
+                    serving.set_result(router.address)
                 await stop.asked.wait()
         return 0
 
     return run_until_stopped(main)
+
+
+async def _tell(parent_fd: int, serving: "asyncio.Future[str]", page: Callable[[], bytes], stop: Stop) -> None:
+    """Tell the parent (`router_group`) the address once it serves, answer it, and stop when it has gone."""
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=parent_fd))
+    try:
+        serving.add_done_callback(lambda done: writer.write(f"ready {done.result()}\n".encode()))
+        while await reader.readline():
+            text = page()
+            writer.write(b"%d\n%b" % (len(text), text))
+    except (ConnectionError, ValueError):
+        pass
+    finally:
+        writer.close()
+    stop.ask("the parent process has gone")

@@ -22,7 +22,7 @@ from shardlead.errors import RequestError
 # --- which key -------------------------------------------------------------------------------------------------
 
 _BAD_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_PLAIN_KEY: Final = re.compile(rb"[A-Za-z0-9_.~-]+")  # what quote() leaves as it is
+_UNRESERVED: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~"  # what quote() leaves
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case, values as they came."""
@@ -40,7 +40,7 @@ def decode_percent(raw: bytes) -> bytes:
 
 def encode_key(key: bytes) -> bytes:
     """The key as the `Shardlead-Key` header spells it: percent-encoded, nothing but unreserved characters left."""
-    return key if _PLAIN_KEY.fullmatch(key) else quote_from_bytes(key, safe="").encode()
+    return quote_from_bytes(key, safe="").encode() if key.translate(None, _UNRESERVED) else key
 
 
 def check_key(key: bytes) -> bytes:
@@ -110,7 +110,8 @@ class KeyRules:
         """
         found: bytes | None = None
         for value in key_headers:
-            found = _agree(found, value.strip(b" \t"))
+            key = value.strip(b" \t")
+            found = key if found is None else _agree(found, key)
         if self.paths or self.queries:
             path, _, query = target.partition(b"?")
             for pattern in self.paths:
@@ -123,7 +124,7 @@ class KeyRules:
                         raw_name, _, raw = field.partition(b"=")
                         if decode_percent(raw_name) == name:
                             found = _agree(found, decode_percent(raw))
-        return found if found is None else check_key(found)
+        return found if found is None or 0 < len(found) <= KEY_BYTES_MAX else check_key(found)
 
 
 def _agree(one: bytes | None, other: bytes) -> bytes:

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -57,14 +57,17 @@ def wheel_etcd() -> Path | None:
     return path if os.access(path, os.X_OK) else None
 
 
-def etcd_command(binary: Path, data: Path, port: int, peer_port: int) -> list[str]:
-    """One etcd member on loopback."""
+def etcd_command(
+    binary: Path, data: Path, port: int, peer_port: int, *, number: int = 0, peer_ports: Sequence[int] = ()
+) -> list[str]:
+    """One etcd member on loopback: alone, or member `number` of those that speak to each other on `peer_ports`."""
     url, peer = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{peer_port}"
+    others = ",".join(f"m{each}=http://{LOOPBACK}:{at}" for each, at in enumerate(peer_ports or [peer_port]))
     return [
         str(binary),
-        *("--name", "m0", "--data-dir", str(data), "--logger", "zap", "--log-level", "warn"),
+        *("--name", f"m{number}", "--data-dir", str(data), "--logger", "zap", "--log-level", "warn"),
         *("--listen-client-urls", url, "--advertise-client-urls", url),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"m0={peer}"),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", others),
     ]
 
 

@@ -35,8 +35,21 @@ async def wait_etcd(process: Process, url: str, timeout_s: float) -> None:
     raise ProcessFailed(process.name, f"etcd at {url} is not healthy after {timeout_s:g} s", process.tail())
 
 
+async def is_etcd_leader(session: aiohttp.ClientSession, url: str) -> bool:
+    """Whether that etcd member leads the others now; no for one that does not answer."""
+    try:
+        timeout = aiohttp.ClientTimeout(total=1.0)
+        async with session.post(f"{url}/v3/maintenance/status", data=b"{}", timeout=timeout) as answer:
+            status = orjson.loads(await answer.read())
+        return bool(status["leader"] == status["header"]["member_id"])
+    except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
 async def read_key(session: aiohttp.ClientSession, store_url: str, key: str) -> bytes | None:
-    """The value of one key, past every layer of ours; None: absent. Raises aiohttp.ClientError, TimeoutError."""
+    """The value of one key, past every layer of ours; None: absent. Raises aiohttp.ClientError, TimeoutError.
+
+    `store_url` is one member's."""
     body = orjson.dumps({"key": base64.b64encode(key.encode()).decode()})
     async with session.post(f"{store_url}/v3/kv/range", data=body, timeout=aiohttp.ClientTimeout(total=5)) as answer:
         answer.raise_for_status()

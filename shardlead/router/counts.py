@@ -31,6 +31,7 @@ class Counts:
     """A router's figures since its start. Names of outcomes and reasons are those of `metrics.RouterMetrics`."""
 
     __slots__ = (
+        "access_log_dropped",
         "answered",
         "client_connections",
         "connects",
@@ -45,6 +46,7 @@ class Counts:
     )
 
     def __init__(self) -> None:
+        self.access_log_dropped = 0  # lines
         self.answered = 0  # requests whose answer came from a worker, whole
         self.others: Counter[str] = Counter()  # requests by every other outcome
         self.resent: Counter[str] = Counter()

@@ -10,6 +10,7 @@ be sent again.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from shardlead.core import contract
@@ -18,7 +19,7 @@ from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key
 from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
 from shardlead.router.body import NO_BODY, Body
-from shardlead.router.heads import AnswerHead, RequestHead
+from shardlead.router.heads import AnswerHead, Fields, Kinds, RequestHead, trailer_lines
 from shardlead.router.pool import Pool
 from shardlead.router.problems import problem_bytes
 from shardlead.router.upstream import Upstream
@@ -41,6 +42,11 @@ class Client(Protocol):
     @property
     def is_full(self) -> bool: ...
 
+    @property
+    def peer(self) -> str:
+        """Its address."""
+        ...
+
     def write(self, data: bytes) -> None: ...
 
     def write_two(self, head: bytes, data: bytes) -> None: ...
@@ -59,12 +65,26 @@ class Client(Protocol):
 
     def open_tunnel(self, exchange: "Exchange") -> None: ...
 
+    def half_close(self) -> bool:
+        """Tell the client that nothing more comes; False if that ends the connection."""
+        ...
+
     def cut(self) -> None:
         """Reset the connection."""
 
 
 class Desk(Protocol):
     """Who decides."""
+
+    @property
+    def id_prefix(self) -> bytes:
+        """What the ids of all requests begin with that came without one."""
+        ...
+
+    @property
+    def date(self) -> Callable[[], bytes]:
+        """The present time as a Date field says it."""
+        ...
 
     def submit(self, exchange: "Exchange") -> None:
         """It is ready to be sent."""
@@ -101,6 +121,8 @@ class Exchange:
         "_is_last",
         "_pending",
         "_prefix",
+        "_trailers",
+        "answer_bytes",
         "body",
         "client",
         "connection",
@@ -110,6 +132,7 @@ class Exchange:
         "held_ns",
         "hold_until_ns",
         "is_blocked",
+        "is_half_closed",
         "is_held",
         "is_waiting_for_100",
         "key",
@@ -120,6 +143,7 @@ class Exchange:
         "shard",
         "since_ns",
         "state",
+        "status",
         "told_continue",
         "why",
     )
@@ -133,6 +157,8 @@ class Exchange:
         self.state = COLLECTING
         self.key: bytes | None = None
         self.shard = -1
+        self.status = 0  # of the answer; 0: none has begun
+        self.answer_bytes = 0  # of its content
         self.error: RequestError | None = None
         self.leader: Leader | None = None  # under whom it was sent last
         self.pool: Pool | None = None
@@ -144,10 +170,12 @@ class Exchange:
         self.hold_until_ns = 0  # 0: was never held
         self.body = Body(head.length) if head.has_body else NO_BODY
         self.is_blocked = False  # the client must not send more of the body for now
+        self.is_half_closed = False  # a tunnel whose worker sends no more
         self.is_waiting_for_100 = False
         self.told_continue = not head.expects_continue
         self._prefix = b""
         self._pending = b""  # the answer's head, until there is something to send along with it
+        self._trailers = b""  # of the answer
         self._is_chunking = False  # the answer goes to the client in chunks
         self._is_last = False
 
@@ -156,6 +184,11 @@ class Exchange:
         names = ("collecting", "waiting", "sent", "answering", "tunnel", "done")
         under = f" under epoch {self.leader.epoch} of {self.leader.worker}" if self.leader is not None else ""
         return f"<Exchange {self.number}: {method}, shard {self.shard}, {names[self.state]}{under}>"
+
+    @property
+    def request_id(self) -> bytes:
+        """By which logs of all who had to do with it can be joined: the client's own, or one made here."""
+        return self.head.request_id or b"%b%x" % (self.desk.id_prefix, self.number)
 
     # --- the client's side
 
@@ -223,6 +256,9 @@ class Exchange:
         if self.state == DONE:
             return
         self.desk.withdraw(self)
+        if self.state == TUNNEL and self.connection is not None:
+            connection, self.connection = self.connection, None
+            connection.finish()  # the last that the client said is still to arrive
         self._let_go()
         self._end("client-gone")
 
@@ -238,7 +274,30 @@ class Exchange:
         if self.connection is not None:
             self.connection.write(data)
 
-    # --- what the desk says
+    def client_half_closed(self) -> bool:
+        """The client's half of the tunnel has ended; False: so has the worker's, or it cannot be told."""
+        return not self.is_half_closed and self.connection is not None and self.connection.write_eof()
+
+    # --- what the desk says (`cluster.traffic.Request`)
+
+    @property
+    def method(self) -> bytes:
+        return self.head.method
+
+    @property
+    def has_idempotency_key(self) -> bool:
+        return self.head.has_idempotency_key
+
+    @property
+    def is_body_kept(self) -> bool:
+        return self.body.is_kept
+
+    @property
+    def is_connecting(self) -> bool:
+        return self.state == WAITING
+
+    def touch(self) -> None:
+        self.client.touch()
 
     def send(self, leader: Leader, pool: Pool, *, must_be_alive: bool) -> None:
         """Send it to this leader."""
@@ -267,6 +326,7 @@ class Exchange:
     def fail(self, answer: Answer) -> None:
         """Answer the client with a problem."""
         is_last = self.client.is_last(self) or not self.body.is_whole
+        self.status = answer.status
         self.client.write(
             problem_bytes(
                 answer.problem,
@@ -276,6 +336,8 @@ class Exchange:
                 retry_after_s=answer.retry_after_s,
                 is_head=self.head.method == b"HEAD",
                 is_last=is_last,
+                date=self.desk.date(),
+                request_id=self.request_id,
             )
         )
         self._end(_OUTCOMES.get(answer.problem, answer.problem.value))
@@ -310,6 +372,11 @@ class Exchange:
             connection.is_sent = False
             connection.write(
                 b"%b%bExpect: 100-continue\r\n%b: %d\r\n\r\n" % (prefix, body.framing, _EPOCH_NAME, leader.epoch)
+            )
+        elif body.trailers:
+            connection.write(
+                b"%bTransfer-Encoding: chunked\r\n%b: %d\r\n\r\n%b"
+                % (prefix, _EPOCH_NAME, leader.epoch, body.all_chunked())
             )
         elif body.kept_bytes:
             data = body.all_kept()
@@ -348,11 +415,11 @@ class Exchange:
         self.state = ANSWERING
         request = self.head
         is_last = self.client.is_last(self) or not self.body.is_whole
-        status = head.status
+        status = self.status = head.status
         if status == 204:
             framing = b""
         elif head.length >= 0:
-            framing = b"Content-Length: %d\r\n" % head.length
+            framing = b""  # its own stands among the fields
         elif request.is_http_11 and (head.is_chunked or status != 304):
             self._is_chunking = request.method != b"HEAD" and status != 304
             framing = b"Transfer-Encoding: chunked\r\n" if self._is_chunking or head.is_chunked else b""
@@ -365,6 +432,8 @@ class Exchange:
             option = b"Connection: keep-alive\r\n"
         else:
             option = b""
+        if not head.has_date:  # RFC 9110, 6.6.1: whoever passes on an answer without one adds it
+            framing += b"Date: %b\r\n" % self.desk.date()
         self._is_last = is_last
         if self.is_waiting_for_100:  # answered without having asked for the body: what comes of it is thrown away
             self.is_blocked = False
@@ -372,6 +441,7 @@ class Exchange:
         self._pending = b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, phrase, b"".join(head.fields), framing, option)
 
     def answer_continued(self, data: bytes) -> None:
+        self.answer_bytes += len(data)
         if self._is_chunking:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         pending = self._pending
@@ -388,9 +458,13 @@ class Exchange:
         if client.is_full and self.connection is not None:
             self.connection.pause()
 
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        if self._is_chunking:
+            self._trailers = trailer_lines(fields, kinds)
+
     def answer_ended(self) -> None:
         self.connection = None
-        rest = self._pending + b"0\r\n\r\n" if self._is_chunking else self._pending
+        rest = b"%b0\r\n%b\r\n" % (self._pending, self._trailers) if self._is_chunking else self._pending
         if rest:
             self._pending = b""
             self.client.write(rest)
@@ -404,19 +478,30 @@ class Exchange:
             return
         self.desk.accepted(self)
         self.state = TUNNEL
+        self.status = 101
         self.client.write(
             b"HTTP/1.1 101 %b\r\n%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n%b"
             % (phrase, b"".join(head.fields), head.upgrade, rest)
         )
         self.client.open_tunnel(self)
 
+    def tunnel_half_closed(self) -> bool:
+        self.is_half_closed = self.client.half_close()
+        return self.is_half_closed
+
     def tunnelled(self, data: bytes) -> None:
+        self.client.touch()
         self.client.write(data)
         if self.client.is_full and self.connection is not None:
             self.connection.pause()
 
     def lost(self) -> None:
         self.connection = None
+        if self.state == ANSWERING and self._pending:  # of the answer nothing has left for the client yet
+            self._pending = b""
+            self._is_chunking = False
+            self.status = 0
+            self.state = SENT
         if self.state == SENT:
             self.is_waiting_for_100 = False
             self.desk.happened(self, Happened.BROKEN)
@@ -468,8 +553,8 @@ class Exchange:
         route = b"%b: %d\r\n" % (_SHARD_NAME, self.shard)
         if self.key is not None:
             route += b"%b: %b\r\n" % (_KEY_NAME, encode_key(self.key))
-        self._prefix = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b" % (
-            head.method, head.target, head.host, head.fields, upgrade, route,
+        self._prefix = b"%b %b HTTP/1.1\r\nHost: %b\r\n%bX-Request-Id: %b\r\n%b%b" % (
+            head.method, head.target, head.host, head.fields, self.request_id, upgrade, route,
         )  # fmt: skip
         return self._prefix
 

@@ -18,9 +18,10 @@ class Forwarder:
     "off": what came passes, nothing is added.
     """
 
-    __slots__ = ("_peer", "_peer_node", "_policy")
+    __slots__ = ("_peer", "_peer_node", "_policy", "_proto")
 
-    def __init__(self, policy: ForwardedPolicy, peer: str) -> None:
+    def __init__(self, policy: ForwardedPolicy, peer: str, *, is_tls: bool = False) -> None:
+        self._proto = b"https" if is_tls else b"http"
         self._policy = policy
         self._peer = peer.encode()
         self._peer_node = b'"[%s]"' % self._peer if b":" in self._peer else self._peer
@@ -32,15 +33,15 @@ class Forwarder:
             node = self._peer_node
             peer = self._peer
             return (
-                b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n"
-                b'Forwarded: for=%b;host="%b";proto=http\r\n' % (peer, host, node, host)
+                b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
+                b'Forwarded: for=%b;host="%b";proto=%b\r\n' % (peer, self._proto, host, node, host, self._proto)
             )
         lines = []
         for kind, name, own in (
             (FORWARDED_FOR, b"X-Forwarded-For", self._peer),
-            (FORWARDED_PROTO, b"X-Forwarded-Proto", b"http"),
+            (FORWARDED_PROTO, b"X-Forwarded-Proto", self._proto),
             (FORWARDED_HOST, b"X-Forwarded-Host", host),
-            (FORWARDED, b"Forwarded", b'for=%b;host="%b";proto=http' % (self._peer_node, host)),
+            (FORWARDED, b"Forwarded", b'for=%b;host="%b";proto=%b' % (self._peer_node, host, self._proto)),
         ):
             values = came.get(kind, [])
             if self._policy == "append" and (not values or kind in (FORWARDED_FOR, FORWARDED)):

@@ -5,10 +5,11 @@ what to do with it, and fields that pass are joined as the bytes they came in.
 
 Law: hop-by-hop fields go; so does everything that begins with `Shardlead-`, both ways, so that nobody but the
 runtimes can speak the contract. Framing is our own on both sides: a message leaves with exactly one Content-Length or
-one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused.
+one `Transfer-Encoding: chunked`, never with what it came in. What could be read in two ways is refused. Trailers pass
+where the next hop is chunked, less all that frames, routes, authenticates or controls a message (`trailer_lines`). A
+name that becomes one of ours once its underscores are read as hyphens, as gateways to CGI and WSGI read them, goes too.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -37,6 +38,9 @@ REFUSED: Final = 13
 EPOCH: Final = 14
 LEADER: Final = 15
 OUTCOME: Final = 16
+REQUEST_ID: Final = 17
+TE: Final = 18
+DATE: Final = 19
 KEY_BIT: Final = 32  # added where a key rule names the field
 
 _HOP_BY_HOP: Final = {
@@ -45,7 +49,6 @@ _HOP_BY_HOP: Final = {
     b"proxy-connection": DROP,
     b"proxy-authenticate": DROP,
     b"proxy-authorization": DROP,
-    b"te": DROP,
     b"trailer": DROP,
     b"transfer-encoding": TRANSFER_ENCODING,
     b"upgrade": UPGRADE,
@@ -56,6 +59,8 @@ _OF_REQUESTS: Final = {
     b"http2-settings": DROP,
     b"host": HOST,
     b"expect": EXPECT,
+    b"te": TE,
+    b"x-request-id": REQUEST_ID,
     b"x-forwarded-for": FORWARDED_FOR,
     b"x-forwarded-proto": FORWARDED_PROTO,
     b"x-forwarded-host": FORWARDED_HOST,
@@ -64,15 +69,25 @@ _OF_REQUESTS: Final = {
 }
 _OF_ANSWERS: Final = {
     **_HOP_BY_HOP,
+    b"te": DROP,
+    b"date": DATE,
     contract.REFUSED.lower().encode(): REFUSED,
     contract.EPOCH.lower().encode(): EPOCH,
     contract.LEADER.lower().encode(): LEADER,
     contract.OUTCOME.lower().encode(): OUTCOME,
 }
 _RESERVED: Final = contract.RESERVED_PREFIX.encode()
-_NO_HOST: Final = re.compile(rb"[ \t,/@?#\"<>\\]")
+_HOST_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+;=:[]%"  # RFC 3986
 _KINDS_KEPT_MAX: Final = 4_096  # spellings of field names remembered; a client that invents more just pays the look-up
 _NAME_KEPT_BYTES_MAX: Final = 64
+_REQUEST_ID_BYTES_MAX: Final = 128
+_REQUEST_ID_BYTES: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~:+/=@"
+_NEVER_TRAILERS: Final = frozenset(  # RFC 9110, 6.5.1: routing, controls, conditions, authentication, content format
+    b"accept-ranges age authorization cache-control content-disposition content-encoding content-language "
+    b"content-location content-range content-type cookie date expires if-match if-modified-since if-none-match "
+    b"if-range if-unmodified-since location max-forwards pragma range retry-after set-cookie traceparent tracestate "
+    b"vary warning www-authenticate".split()
+)
 _LENGTH_DIGITS_MAX: Final = 20  # of 64 bits; leading zeros count, for Python converts no more than 4,300 digits
 
 
@@ -85,11 +100,23 @@ class Kinds:
         self._by_name = by_name | {name: by_name.get(name, PASS) | KEY_BIT for name in key_headers}
         self._by_spelling: dict[bytes, int] = {}
 
+    def of(self, name: bytes) -> int:
+        """The kind of a field."""
+        kind = self._by_spelling.get(name)
+        return self.learn(name) if kind is None else kind
+
     def learn(self, name: bytes) -> int:
+        """The kind of a field whose spelling is not known yet."""
         lower = name.lower()
         kind = self._by_name.get(lower)
         if kind is None:
-            kind = DROP if lower.startswith(_RESERVED) else PASS
+            kind = PASS
+            if lower.startswith(_RESERVED):
+                kind = DROP
+            elif b"_" in lower:
+                meant = lower.replace(b"_", b"-")
+                if meant in self._by_name or meant.startswith(_RESERVED):
+                    kind = DROP
         if len(self._by_spelling) < _KINDS_KEPT_MAX and len(name) <= _NAME_KEPT_BYTES_MAX:
             self._by_spelling[name] = kind
         return kind
@@ -130,10 +157,16 @@ class RequestHead:
     upgrade: bytes  # what to change to, if Connection asks for it
     has_upgrade: bool  # an Upgrade field came
     has_idempotency_key: bool
+    request_id: bytes  # b"": none came, or none that can be passed on
 
     @property
     def has_body(self) -> bool:
         return self.is_chunked or self.length > 0
+
+
+def is_host(host: bytes) -> bool:
+    """Whether a Host field's value can be one, as far as a router must know."""
+    return not host.translate(None, _HOST_BYTES)
 
 
 def read_request(
@@ -150,8 +183,9 @@ def read_request(
     options: list[bytes] = []
     host: bytes | None = None
     length = -1
-    is_chunked = has_idempotency_key = expects_continue = False
+    is_chunked = has_idempotency_key = expects_continue = wants_trailers = False
     upgrade = b""
+    request_id: bytes | None = None
     for name, value in came:
         kind = spellings.get(name)
         if kind is None:
@@ -170,6 +204,7 @@ def read_request(
         elif kind == CONNECTION:
             options += [option.strip().lower() for option in value.split(b",")]
         elif kind == CONTENT_LENGTH:
+            value = value.strip(b" \t")  # what surrounds it is no part of it
             if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.BAD_REQUEST, "Content-Length is not one number")
             length = int(value)
@@ -188,13 +223,17 @@ def read_request(
         elif kind == IDEMPOTENCY_KEY:
             has_idempotency_key = True
             parts += (name, b": ", value, b"\r\n")
+        elif kind == REQUEST_ID:
+            request_id = value if request_id is None and is_request_id(value) else b""
+        elif kind == TE:
+            wants_trailers = any(part.partition(b";")[0].strip().lower() == b"trailers" for part in value.split(b","))
         else:
             if forwarded is None:
                 forwarded = {}
             forwarded.setdefault(kind, []).append(value)
     if is_chunked and (length >= 0 or not is_http_11):
         raise RequestError(Problem.BAD_REQUEST, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
-    if target[:1] != b"/":
+    if target[:1] != b"/" or method == b"CONNECT":
         target, host = _origin_form(method, target, host)
     elif b"#" in target:
         raise RequestError(Problem.BAD_REQUEST, "a fragment in the request target")
@@ -202,7 +241,7 @@ def read_request(
         if is_http_11:
             raise RequestError(Problem.BAD_REQUEST, "no Host field")
         host = b""
-    elif any(character in host for character in b' \t,/@?#"<>\\'):
+    elif not is_host(host):
         raise RequestError(Problem.BAD_REQUEST, "a Host that is none")
     is_keep_alive = is_http_11
     has_upgrade = bool(upgrade)
@@ -217,6 +256,8 @@ def read_request(
     else:
         upgrade = b""
     parts.append(forwarder.write(host, forwarded))
+    if wants_trailers and not upgrade:
+        parts.append(b"Connection: TE\r\nTE: trailers\r\n")
     return RequestHead(
         method,
         target,
@@ -231,14 +272,22 @@ def read_request(
         upgrade,
         has_upgrade,
         has_idempotency_key,
+        request_id or b"",
     )
+
+
+def is_request_id(value: bytes) -> bool:
+    """Whether it can be passed on, and stand in logs."""
+    return 0 < len(value) <= _REQUEST_ID_BYTES_MAX and not value.translate(None, _REQUEST_ID_BYTES)
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> tuple[bytes, bytes | None]:
     """The target as "/path?query" and the Host that goes with it (RFC 9112, 3.2: the absolute form's wins)."""
     if target == b"*" and method == b"OPTIONS":
         return target, host
-    if method != b"CONNECT" and target[:7].lower() == b"http://" and b"#" not in target:
+    if method == b"CONNECT":
+        raise RequestError(Problem.BAD_REQUEST, "CONNECT is for forward proxies, which this is none", status=501)
+    if target[:7].lower() == b"http://" and b"#" not in target:
         authority, slash, path = target[7:].partition(b"/")
         if b"?" not in authority and authority:
             return slash + path or b"/", authority
@@ -262,7 +311,8 @@ def _without(parts: list[bytes], options: list[bytes], kinds: Kinds) -> list[byt
 
 @dataclass(slots=True)
 class AnswerHead:
-    """A worker's answer's head, understood. `fields` pass on as they are. `length` -1: none given."""
+    """A worker's answer's head, understood. `fields` pass on as they are, Content-Length among them. `length` -1: none
+    given."""
 
     status: int
     fields: list[bytes]
@@ -274,6 +324,17 @@ class AnswerHead:
     epoch: int
     leader: bytes
     outcome: bytes
+    has_date: bool
+
+
+def _without_length(parts: list[bytes]) -> list[bytes]:
+    """An answer's fields without Content-Length: a 1xx or 204 has none (RFC 9110, 8.6)."""
+    return [
+        piece
+        for at in range(0, len(parts), 4)
+        if parts[at].lower() != b"content-length"
+        for piece in parts[at : at + 4]
+    ]
 
 
 def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
@@ -281,7 +342,7 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
     spellings = kinds._by_spelling  # noqa: SLF001  # as above
     parts: list[bytes] = []
     length = -1
-    is_chunked = is_last = False
+    is_chunked = is_last = has_date = False
     upgrade = refused = leader = outcome = b""
     epoch = 0
     options: list[bytes] = []
@@ -291,12 +352,17 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
             kind = kinds.learn(name)
         if kind == PASS:
             parts += (name, b": ", value, b"\r\n")
+        elif kind == DATE:
+            has_date = True
+            parts += (name, b": ", value, b"\r\n")
         elif kind == DROP:
             pass
         elif kind == CONTENT_LENGTH:
+            value = value.strip(b" \t")  # as above
             if length >= 0 or not value.isdigit() or len(value) > _LENGTH_DIGITS_MAX:
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Content-Length is not one number")
             length = int(value)
+            parts += (name, b": ", b"%d" % length, b"\r\n")
         elif kind == TRANSFER_ENCODING:
             if is_chunked or value.strip().lower() != b"chunked":
                 raise RequestError(Problem.UPSTREAM_FAILED, "the worker's Transfer-Encoding is not understood")
@@ -315,7 +381,19 @@ def read_answer(status: int, came: Fields, kinds: Kinds) -> AnswerHead:
             outcome = value
     if is_chunked and length >= 0:
         raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has two framings")
+    if length >= 0 and (status < 200 or status == 204):
+        parts = _without_length(parts)
     if options:
         is_last = b"close" in options
         parts = _without(parts, options, kinds)
-    return AnswerHead(status, parts, length, is_chunked, is_last, upgrade, refused, epoch, leader, outcome)
+    return AnswerHead(status, parts, length, is_chunked, is_last, upgrade, refused, epoch, leader, outcome, has_date)
+
+
+def trailer_lines(came: Fields, kinds: Kinds) -> bytes:
+    """Those trailers that may pass on, ready to be sent. What a header field decides, no trailer can: a field that
+    frames, routes, authenticates or controls a message is left out, and so is one that we look at ourselves."""
+    return b"".join(
+        b"%b: %b\r\n" % field
+        for field in came
+        if kinds.learn(field[0]) == PASS and field[0].lower() not in _NEVER_TRAILERS
+    )

@@ -19,8 +19,10 @@ from shardlead.core.contract import Problem
 from shardlead.core.routing import KeyRules
 from shardlead.errors import RequestError
 from shardlead.router.exchange import COLLECTING, Client, Desk, Exchange
+from shardlead.router.express import Express
 from shardlead.router.forwarded import Forwarder
-from shardlead.router.heads import Kinds, read_request
+from shardlead.router.heads import Kinds, read_request, trailer_lines
+from shardlead.router.plans import Plans, RequestPlan
 
 log = logging.getLogger("shardlead.router")
 
@@ -34,6 +36,8 @@ class Readings(Protocol):
     def rules(self) -> KeyRules: ...
     @property
     def kinds(self) -> Kinds: ...
+    @property
+    def plans(self) -> Plans[RequestPlan]: ...
     @property
     def desk(self) -> Desk: ...
     @property
@@ -60,10 +64,16 @@ class Intake:
         "_has_parsed_head",
         "_head_bytes",
         "_head_pieces",
+        "_is_lazy_whole",
+        "_lazy_body",
+        "_lazy_plan",
+        "_may_be_lazy",
         "_packet_bytes",
         "_parser",
         "_refusal",
         "_reparse",
+        "_trailer_bytes",
+        "_trailers",
         "_url",
         "came",
         "error",
@@ -73,7 +83,7 @@ class Intake:
         "rest",
     )
 
-    def __init__(self, front: Readings, client: Client, peer: str) -> None:
+    def __init__(self, front: Readings, client: Client, forwarder: Forwarder) -> None:
         self.came: deque[Exchange] = deque()
         self.error: RequestError | None = None
         self.rest: bytes | None = None  # what came behind a request for another protocol, until its answer is known
@@ -82,10 +92,16 @@ class Intake:
         self.head_since_s = 0.0
         self._front = front
         self._client = client
-        self._forwarder = Forwarder(front.settings.forwarded, peer)
+        self._forwarder = forwarder
+        self._may_be_lazy = False  # a request that begins in this packet may wait to be understood until its end
+        self._lazy_plan: RequestPlan | None = None  # such a one has begun
+        self._lazy_body: list[bytes] = []
+        self._is_lazy_whole = False
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
+        self._trailer_bytes = 0
+        self._trailers: list[tuple[bytes, bytes]] = []
         self._filling: Exchange | None = None  # the exchange whose body is being parsed
         self._reparse: bytes | None = None
         self._refusal: RequestError | None = None  # why the parser was stopped from within
@@ -95,8 +111,8 @@ class Intake:
         self._head_bytes = 0  # at most so many have come of an unfinished head
         self._head_pieces: list[bytes] = []
 
-    def feed(self, data: bytes) -> None:
-        """Read a packet."""
+    def feed(self, data: bytes, express: Express | None = None) -> None:
+        """Read a packet. An ordinary request that is this packet goes off by `express`, if there is one."""
         if self.is_deaf:
             return
         if self.rest is not None:
@@ -105,12 +121,21 @@ class Intake:
         self._packet_bytes = len(data)
         if self._filling is not None:
             self._bare_bytes += len(data)
+        elif express is not None:
+            self._may_be_lazy = not self.is_in_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
+            self._catch_up()
             self._stop_for_upgrade(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
+            self._catch_up()
             self._stop_for(exc)
+        if self._lazy_plan is not None:
+            if express is not None and self._is_lazy_whole and self._send_at_once(data, express, self._lazy_plan):
+                return
+            self._catch_up()
+        self._may_be_lazy = False
         if not self.is_in_head:
             if self._head_pieces:
                 self._head_bytes = 0
@@ -138,6 +163,15 @@ class Intake:
         self.is_deaf = True
         return rest or b""
 
+    def ended(self) -> None:
+        """The client sends no more: a request that is not whole by now never will be, and is nobody's."""
+        self.is_deaf = True
+        self.is_in_head = False
+        filling, self._filling = self._filling, None
+        if filling is not None and filling in self.came:
+            self.came.remove(filling)
+            filling.client_left()
+
     def stop(self) -> None:
         """Nothing is read any more, and what came is nobody's."""
         self.is_deaf = True
@@ -149,6 +183,8 @@ class Intake:
     # --- parser
 
     def on_message_begin(self) -> None:
+        if self._lazy_plan is not None:  # there is more than one in this packet
+            self._understand()
         self.is_in_head = True
         self.head_since_s = self._front.now_s
         self._url = b""
@@ -160,10 +196,28 @@ class Intake:
         self._url = self._url + url if self._url else url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_parsed_head:  # else: a trailer, which is not passed on
+        if not self._has_parsed_head:
             self._fields.append((name, value))
+            return
+        self._trailers.append((name, value))
+        self._trailer_bytes += len(name) + len(value) + 4
+        settings = self._front.settings
+        if len(self._trailers) > settings.headers_max or self._trailer_bytes > settings.head_bytes_max:
+            limits = f"{settings.headers_max} trailer fields or {settings.head_bytes_max} bytes of them"
+            self._refusal = RequestError(Problem.TOO_LARGE, f"over {limits}", status=431)
+            raise self._refusal
 
     def on_headers_complete(self) -> None:
+        if self._may_be_lazy:
+            self._may_be_lazy = False
+            self._lazy_plan = self._front.plans.of(tuple([name for name, _ in self._fields]))
+            if self._lazy_plan is not None:
+                self.is_in_head = False
+                self._has_parsed_head = True
+                return
+        self._understand_head()
+
+    def _understand_head(self) -> None:
         try:
             self._take_head()
         except RequestError as exc:
@@ -207,6 +261,9 @@ class Intake:
         self.came.append(exchange)
 
     def on_body(self, data: bytes) -> None:
+        if self._lazy_plan is not None:
+            self._lazy_body.append(data)
+            return
         exchange = self._filling
         if exchange is not None:
             self._client.touch()
@@ -221,13 +278,55 @@ class Intake:
                 )
 
     def on_message_complete(self) -> None:
+        if self._lazy_plan is not None:
+            self._is_lazy_whole = True
+            return
         exchange = self._filling
         if exchange is not None:
             self._filling = None
+            if self._trailers:
+                exchange.body.trailers = trailer_lines(self._trailers, self._front.kinds)
             if not exchange.head.is_keep_alive:
                 self.is_deaf = True
             exchange.body_ended()
+        if self._trailers:
+            self._trailers = []
+            self._trailer_bytes = 0
         self._client.touch()
+
+    # --- ordinary requests
+
+    def _send_at_once(self, data: bytes, express: Express, plan: RequestPlan) -> bool:
+        """Whether the packet was an ordinary request and is on its way."""
+        body = self._lazy_body
+        size = 0 if not body else len(body[0]) if len(body) == 1 else sum(map(len, body))
+        if not express.send(data, self._parser.get_method(), self._url, self._fields, plan, size):
+            return False
+        self._lazy_plan = None
+        self._is_lazy_whole = False
+        if body:
+            body.clear()
+        return True
+
+    def _catch_up(self) -> None:
+        """The packet is more, or less, than one ordinary request: understand the one that it began with."""
+        if self._lazy_plan is not None:
+            try:
+                self._understand()
+            except RequestError as exc:
+                self._refusal = None
+                self._fail_after(exc)
+
+    def _understand(self) -> None:
+        """What was put off since `on_headers_complete`. Raises RequestError."""
+        self._lazy_plan = None
+        is_whole, self._is_lazy_whole = self._is_lazy_whole, False
+        body, self._lazy_body = self._lazy_body, []
+        self._understand_head()
+        for data in body:
+            self.on_body(data)
+        if is_whole:
+            self.on_message_complete()
 
     # --- ends
 

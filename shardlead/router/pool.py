@@ -6,18 +6,29 @@ Law: never more than `connections_max`; who finds none waits its turn. The route
 the worker would. Before a request that must not be sent twice goes out on a used connection, the connection is looked
 at: if the worker's end is already known to be closed, another one is taken, so that what was sent into the void is
 never "maybe processed".
+
+Health is learnt by use: an address at which connecting has failed is let be for a moment, twice as long after each
+failure that follows; who would be sent there is told so at once, without a system call. News of the worker end the
+pause.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from shardlead.config import RouterSettings, split_address
 from shardlead.core.shardmap import ShardMap
 from shardlead.router.counts import Counts
 from shardlead.router.heads import Kinds, answer_kinds
+from shardlead.router.plans import AnswerPlan, Plans, answer_plans
 from shardlead.router.upstream import Taker, Upstream
+from shardlead.tls import WorkerTls
 
+CONNECTING_MAX: Final = 16  # at once, to one address; a burst upon one that is dead must not all wait for it
+REST_S: Final = 0.05  # after the first failure; doubles
+REST_MAX_S: Final = 1.0
 SKIP_S: Final = 2.0  # how long the rest of a refusal may take to come, for its connection to be used again
 
 
@@ -32,8 +43,10 @@ class Pool:
         connections_max: int,
         connect_timeout_s: float,
         kinds: Kinds,
+        plans: Plans[AnswerPlan],
         counts: Counts,
         tasks: asyncio.TaskGroup,
+        tls: WorkerTls | None = None,
     ) -> None:
         self.worker = worker
         self.address = address
@@ -43,10 +56,14 @@ class Pool:
         self.is_leaving = False
         self.now_s = 0.0
         self._is_closed = False
+        self._failures = 0  # to connect, in a row
+        self._rests_until_s = 0.0  # on the loop's clock
+        self._tls = tls
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections_max = connections_max
         self._connect_timeout_s = connect_timeout_s
         self._kinds = kinds
+        self._plans = plans
         self._counts = counts
         self._tasks = tasks
         self._endpoint = split_address(address)  # None: a worker's record may say anything
@@ -63,17 +80,34 @@ class Pool:
 
     def take(self, taker: Taker, *, must_be_alive: bool) -> None:
         """Call `taker.connected` with a connection, now or later; or `taker.not_connected`, later."""
+        connection = self.take_idle(must_be_alive=must_be_alive)
+        if connection is not None:
+            connection.taker = taker
+            taker.connected(connection)
+            return
+        self.waiting.append(taker)
+        if self._failures and self._is_resting():
+            asyncio.get_running_loop().call_soon(self._turn_away, len(self.waiting))
+            return
+        self._open_more()
+
+    def take_idle(self, *, must_be_alive: bool) -> Upstream | None:
+        """An idle connection, which is busy from now on; None if there is none."""
         while self.idle:
             connection = self.idle.pop()
             if connection.transport is None or (must_be_alive and not connection.is_alive()):
                 connection.close()
                 continue
-            connection.taker = taker
             self.busy[connection] = None
-            taker.connected(connection)
-            return
-        self.waiting.append(taker)
-        self._open_more()
+            return connection
+        return None
+
+    def news(self) -> None:
+        """Something has become known of this worker: try at once."""
+        self._failures = 0
+        self._rests_until_s = 0.0
+        if self.waiting:
+            self._open_more()
 
     def withdraw(self, taker: Taker) -> bool:
         """It does not wait any more; False if it did not."""
@@ -142,6 +176,8 @@ class Pool:
         if self._is_closed:
             return
         room = self._connections_max - len(self.busy) - len(self.idle) - len(self._connecting)
+        at_once = 1 if self._failures else CONNECTING_MAX  # after a failure one tries for all
+        room = min(room, at_once - len(self._connecting))
         for _ in range(min(len(self.waiting) - len(self._connecting), room)):
             task = self._tasks.create_task(self._open(), name=f"connect to {self.worker}")
             self._connecting.add(task)
@@ -154,18 +190,37 @@ class Pool:
             task = asyncio.current_task()
             assert task is not None
             self._connecting.discard(task)
-        if connection is None or connection.transport is None:
+        if connection is None:
+            self._failures += 1
+            rest_s = min(REST_S * 2 ** min(self._failures - 1, 16), REST_MAX_S)
+            self._rests_until_s = asyncio.get_running_loop().time() + rest_s
+            self._turn_away(len(self.waiting) - len(self._connecting))
+            return
+        self._failures = 0
+        if connection.transport is None:
             if self.waiting and not self._is_closed:
                 self.waiting.popleft().not_connected()
         elif self.waiting:
             taker = connection.taker = self.waiting.popleft()
             self.busy[connection] = None
             taker.connected(connection)
+            if self.waiting:
+                self._open_more()  # one may have tried for all
         elif self.is_leaving:
             connection.close()
         else:
             connection.idle_since_s = self.now_s
             self.idle.append(connection)
+
+    def _is_resting(self) -> bool:
+        return asyncio.get_running_loop().time() < self._rests_until_s
+
+    def _turn_away(self, count: int) -> None:
+        """Tell those who wait that there is no connection, unless that has changed meanwhile."""
+        for _ in range(count):
+            if not self.waiting or self._is_closed or not self._failures:
+                break
+            self.waiting.popleft().not_connected()
 
     async def _connect(self) -> Upstream | None:
         loop = asyncio.get_running_loop()
@@ -173,7 +228,16 @@ class Pool:
             if self._endpoint is None:
                 raise ValueError(f"not an address: {self.address}")
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Upstream(self, self._kinds), *self._endpoint)
+                create = partial(Upstream, self, self._kinds, self._plans)
+                if self._tls is None:
+                    _, connection = await loop.create_connection(create, *self._endpoint)
+                else:
+                    _, connection = await loop.create_connection(
+                        create,
+                        *self._endpoint,
+                        ssl=self._tls.context,
+                        server_hostname=self._tls.name or self._endpoint[0],
+                    )
         except (OSError, TimeoutError, ValueError) as exc:  # UnicodeError: a host that no name service could know
             self._counts.connects["timed-out" if isinstance(exc, TimeoutError) else "failed"] += 1
             return None
@@ -184,12 +248,18 @@ class Pool:
 class Pools:
     """The pool of each worker's address; made when first asked for."""
 
-    def __init__(self, settings: RouterSettings, *, counts: Counts, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, settings: RouterSettings, *, counts: Counts, tasks: asyncio.TaskGroup, tls: WorkerTls | None = None
+    ) -> None:
+        self._tls = tls
         self._settings = settings
         self._counts = counts
         self._tasks = tasks
         self._kinds = answer_kinds()
+        self._plans = answer_plans(self._kinds)
         self._pools: dict[tuple[str, str], Pool] = {}
+        self.find: Callable[[tuple[str, str]], Pool | None] = self._pools.get
+        """The pool of a worker and its address, if there is one."""
 
     def values(self) -> tuple[Pool, ...]:
         """All pools."""
@@ -205,10 +275,18 @@ class Pools:
                 connections_max=self._settings.upstream_connections_max,
                 connect_timeout_s=self._settings.connect_timeout_s,
                 kinds=self._kinds,
+                plans=self._plans,
                 counts=self._counts,
                 tasks=self._tasks,
+                tls=self._tls,
             )
         return pool
+
+    def news_of(self, worker: str) -> None:
+        """Something has become known of this worker."""
+        for pool in self._pools.values():
+            if pool.worker == worker:
+                pool.news()
 
     def of(self, worker: str) -> list[Pool]:
         """The pools of this worker: one for each address it has had."""

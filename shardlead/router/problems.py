@@ -4,11 +4,13 @@ Law: `type` is stable and ends with one of `contract.Problem`; `shard` is there 
 when to come again.
 """
 
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final
 
 import orjson
 
+from shardlead.clock import Clock
 from shardlead.core.contract import PROBLEM_BASE, PROBLEM_JSON, Problem
 
 RETRY_AFTER_S: Final = 1
@@ -23,6 +25,8 @@ def problem_bytes(
     retry_after_s: int = 0,
     is_head: bool = False,
     is_last: bool = False,
+    date: bytes,
+    request_id: bytes = b"",
 ) -> bytes:
     """A whole HTTP/1.1 answer. `is_head`: without its body; `is_last`: it says `Connection: close`."""
     value: dict[str, object] = {
@@ -33,6 +37,8 @@ def problem_bytes(
     }
     if shard >= 0:
         value["shard"] = shard
+    if request_id:
+        value["request_id"] = request_id.decode("ascii")
     body = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)  # a prompt after curl's output begins a line
     try:
         phrase = HTTPStatus(status).phrase
@@ -42,6 +48,7 @@ def problem_bytes(
         retry_after_s = RETRY_AFTER_S
     lines = [
         f"HTTP/1.1 {status} {phrase}",
+        f"Date: {date.decode('ascii')}",
         f"Content-Type: {PROBLEM_JSON}",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-store",
@@ -52,6 +59,24 @@ def problem_bytes(
         lines.append("Connection: close")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
     return head if is_head else head + body
+
+
+class HttpDate:
+    """The time as a Date field says it (RFC 9110, 5.6.7), written anew once a second at most."""
+
+    __slots__ = ("_clock", "_second", "_text")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._second = -1
+        self._text = b""
+
+    def __call__(self) -> bytes:
+        second = int(self._clock.wall_s())
+        if second != self._second:
+            self._second = second
+            self._text = formatdate(second, usegmt=True).encode()
+        return self._text
 
 
 STATUS_OF: Final[dict[str, int]] = {

@@ -8,6 +8,7 @@ than the request. Stopping: no new connections, requests under way end, answers 
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -15,13 +16,17 @@ from typing import Final
 
 from shardlead.clock import NS_PER_S, Clock
 from shardlead.cluster.view import View
-from shardlead.config import RouterSettings
+from shardlead.config import RouterSettings, TlsSettings
 from shardlead.core.routing import KeyRules
+from shardlead.errors import CommandError
+from shardlead.router.access import AccessLog
 from shardlead.router.counts import Counts
 from shardlead.router.dispatch import Dispatch
 from shardlead.router.downstream import Downstream
 from shardlead.router.exchange import Exchange
 from shardlead.router.heads import request_kinds
+from shardlead.router.plans import request_plans
+from shardlead.tls import WorkerTls, towards_clients, towards_workers
 
 log = logging.getLogger("shardlead.router")
 
@@ -43,23 +48,29 @@ class Router:
         clock: Clock,
         counts: Counts | None = None,
         share_port: bool = False,
+        tls: TlsSettings | None = None,
     ) -> None:
+        """`tls`: the inner hop's; None: workers are spoken to in plain HTTP."""
         self.settings = settings
         self.view = view
         self.counts = counts if counts is not None else Counts()
         self.rules = KeyRules.parse(settings.key_rules)
         self.kinds = request_kinds(self.rules.headers)
+        self.plans = request_plans(self.kinds, settings.headers_max)
         self.is_stopping = False
         self.now_ns: Callable[[], int] = clock.now_ns
         self.now_s = clock.now_ns() / NS_PER_S
         self._clock = clock
         self._paused_s = 0.0
         self._share_port = share_port
+        self._tls = tls if tls is not None else TlsSettings()
+        self.access: AccessLog | None = None
+        self._worker_tls: WorkerTls | None = None
         self._desk: Dispatch | None = None
         self._server: asyncio.Server | None = None
         self._connections: dict[Downstream, None] = {}  # a set that keeps its order
         self._peers: Counter[str] = Counter()
-        self._number = 0
+        self.next_number: Callable[[], int] = itertools.count(1).__next__
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._left = asyncio.Event()
@@ -72,16 +83,27 @@ class Router:
     # --- lifecycle
 
     async def __aenter__(self) -> "Router":
-        """Listen. Raises OSError if the port cannot be had."""
+        """Listen. Raises OSError if the port cannot be had, CommandError for certificates that cannot be used and an
+        access log that cannot be written."""
         loop = asyncio.get_running_loop()
+        context = towards_clients(self.settings)
+        self._worker_tls = towards_workers(self._tls)
         self._server = await loop.create_server(
             lambda: Downstream(self),
             self.settings.host,
             self.settings.port,
             backlog=BACKLOG,
             reuse_port=self._share_port or None,
+            ssl=context,
+            ssl_handshake_timeout=self.settings.head_timeout_s if context is not None else None,
             start_serving=False,
         )
+        if self.settings.access_log:
+            try:
+                self.access = AccessLog(self.settings.access_log, clock=self._clock, counts=self.counts)
+            except CommandError:
+                self._server.close()
+                raise
         started = loop.create_future()
         self._task = loop.create_task(self._serve(self._server, started), name="router")
         await asyncio.wait((started, self._task), return_when=asyncio.FIRST_COMPLETED)
@@ -110,7 +132,15 @@ class Router:
     async def _serve(self, server: asyncio.Server, started: asyncio.Future[None]) -> None:
         """The parent of all that runs for this router."""
         async with asyncio.TaskGroup() as tasks:
-            desk = self._desk = Dispatch(self.settings, self.view, counts=self.counts, clock=self._clock, tasks=tasks)
+            desk = self._desk = Dispatch(
+                self.settings,
+                self.view,
+                counts=self.counts,
+                clock=self._clock,
+                tasks=tasks,
+                access=self.access,
+                tls=self._worker_tls,
+            )
             sweeper = tasks.create_task(self._sweep(), name="router sweep")
             try:
                 await server.start_serving()
@@ -124,6 +154,8 @@ class Router:
                 for connection in tuple(self._connections):
                     connection.abort()
                 desk.close()
+                if self.access is not None:
+                    self.access.close()
 
     async def _drain(self) -> None:
         """No new connections; those under way end, but not for longer than `shutdown_timeout_s`."""
@@ -158,6 +190,8 @@ class Router:
         for connection in tuple(self._connections):
             connection.check(now_s)
         self.desk.sweep_pools(now_s)
+        if self.access is not None:
+            self.access.flush()
 
     # --- for others
 
@@ -181,10 +215,6 @@ class Router:
     def desk(self) -> Dispatch:
         assert self._desk is not None
         return self._desk
-
-    def next_number(self) -> int:
-        self._number += 1
-        return self._number
 
     def admit(self, connection: Downstream, peer: str) -> str:
         self._connections[connection] = None

@@ -17,12 +17,14 @@ import httptools
 
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
-from shardlead.router.heads import AnswerHead, Kinds, read_answer
+from shardlead.router.heads import AnswerHead, Fields, Kinds, read_answer
+from shardlead.router.plans import AnswerPlan, Plans, is_whole_answer, without_keep_alive
 
 log = logging.getLogger("shardlead.router")
 
 _GONE_EVENTS: Final = select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 ANSWER_FIELDS_MAX: Final = 1_000
+FINISH_S: Final = 2.0  # for the last bytes of a tunnel whose client has gone
 BARE_BYTES_MAX: Final = 1_048_576  # of a head, or of a body's framing, until something of the answer has come
 WRITE_HIGH_BYTES: Final = 262_144
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # the parser lets them pass in a reason phrase
@@ -44,6 +46,9 @@ class Taker(Protocol):
 
     def answer_continued(self, data: bytes) -> None: ...
 
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        """Trailers, right before `answer_ended`."""
+
     def answer_ended(self) -> None:
         """The answer is whole."""
 
@@ -51,6 +56,10 @@ class Taker(Protocol):
         """101: from now on bytes pass as they are; `rest` has come already."""
 
     def tunnelled(self, data: bytes) -> None: ...
+
+    def tunnel_half_closed(self) -> bool:
+        """The worker's half of the tunnel has ended; True: the other goes on."""
+        ...
 
     def lost(self) -> None:
         """The connection has ended or said what is no HTTP, and the answer is not whole."""
@@ -63,6 +72,18 @@ class Taker(Protocol):
 
     def upstream_drained(self) -> None:
         """Go on writing."""
+
+
+class Quick(Taker, Protocol):
+    """An ordinary request, whose answer may come whole."""
+
+    @property
+    def is_over_soon(self) -> bool:
+        """Whether the answer must say that the client's connection ends, so that it cannot pass as it is."""
+        ...
+
+    def answered(self, data: bytes) -> None:
+        """This is the answer, as it goes to the client; the connection has gone home."""
 
 
 class Home(Protocol):
@@ -91,27 +112,34 @@ class Upstream(asyncio.Protocol):
         "_head",
         "_is_answering",
         "_is_done",
+        "_is_lazy",
         "_is_paused",
         "_is_skipping",
         "_is_tunnel",
         "_kinds",
+        "_lazy_body",
         "_parser",
         "_phrase",
+        "_plans",
         "_poll",
+        "_trailers",
         "expects_bodiless",
         "idle_since_s",
         "is_reusable",
         "is_sent",
         "is_used",
         "pool",
+        "quick",
         "taker",
         "transport",
     )
 
-    def __init__(self, pool: Home, kinds: Kinds) -> None:
+    def __init__(self, pool: Home, kinds: Kinds, plans: Plans[AnswerPlan]) -> None:
         self.pool = pool
         self._kinds = kinds
+        self._plans = plans
         self.taker: Taker | None = None
+        self.quick: Quick | None = None  # the taker, if its request is an ordinary one
         self.transport: asyncio.Transport | None = None
         self.is_reusable = True
         self.is_used = False
@@ -123,9 +151,12 @@ class Upstream(asyncio.Protocol):
         self._is_tunnel = False
         self._is_paused = False
         self._is_done = False
+        self._is_lazy = False  # an ordinary request's answer has begun in this packet, and nobody was told so far
+        self._lazy_body: list[bytes] = []
         self._eof_ends = False
         self._bare_bytes = 0
         self._fields: list[tuple[bytes, bytes]] = []
+        self._trailers: list[tuple[bytes, bytes]] | None = None
         self._head: AnswerHead | None = None
         self._phrase = b""
         self._poll: select.poll | None = None
@@ -157,6 +188,8 @@ class Upstream(asyncio.Protocol):
         except httptools.HttpParserUpgrade as exc:
             self._switch(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
+            if self._is_lazy:
+                self._catch_up()
             # Nonsense, an answer nobody asked for, or data after `Connection: close`. An answer that was whole
             # before it is good; the connection is not.
             if isinstance(exc, httptools.HttpParserCallbackError) and not isinstance(exc.__context__, RequestError):
@@ -164,12 +197,18 @@ class Upstream(asyncio.Protocol):
             self.is_reusable = False
             if not self._is_done:
                 self.abort()
+        if self._is_lazy:
+            if self._is_done and self._answer_whole(data):
+                return
+            self._catch_up()
         if self._is_done:
             self._complete()
         elif self._bare_bytes > BARE_BYTES_MAX:
             self.abort()
 
     def eof_received(self) -> bool:
+        if self._is_tunnel and self.taker is not None:
+            return self.taker.tunnel_half_closed()
         if self._is_answering and self._eof_ends:
             self.is_reusable = False
             self._complete()
@@ -202,13 +241,23 @@ class Upstream(asyncio.Protocol):
         self._phrase += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head is None:  # else: a trailer
-            self._fields.append((name, value))
-            if len(self._fields) > ANSWER_FIELDS_MAX:
-                raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
+        fields = self._fields
+        if self._head is not None or self._is_lazy:
+            if self._trailers is None:
+                self._trailers = []
+            fields = self._trailers
+        fields.append((name, value))
+        if len(fields) > ANSWER_FIELDS_MAX:
+            raise RequestError(Problem.UPSTREAM_FAILED, "the worker's answer has too many fields")
 
     def on_headers_complete(self) -> None:
         self._bare_bytes = 0
+        if self.quick is not None and self._parser.get_status_code() >= 200:
+            self._is_lazy = True
+            return
+        self._begin_answer()
+
+    def _begin_answer(self) -> None:
         head = self._head = read_answer(self._parser.get_status_code(), self._fields, self._kinds)
         status = head.status
         if status < 100 or (self._phrase != b"OK" and _CONTROL.search(self._phrase)):
@@ -230,10 +279,15 @@ class Upstream(asyncio.Protocol):
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "a body where there is none")
         self._bare_bytes = 0
-        if self.taker is not None:
+        if self._is_lazy:
+            self._lazy_body.append(data)
+        elif self.taker is not None:
             self.taker.answer_continued(data)
 
     def on_message_complete(self) -> None:
+        if self._is_lazy:
+            self._is_done = True
+            return
         head = self._head
         if head is None:
             return
@@ -241,6 +295,52 @@ class Upstream(asyncio.Protocol):
             self._is_done = True
         elif head.status != 101 and self.taker is not None:
             self.taker.informed(head, self._phrase)
+
+    def _answer_whole(self, data: bytes) -> bool:
+        """An ordinary request's answer has come in one packet: pass it on as it is, if it is an ordinary one, too."""
+        quick = self.quick
+        plan = self._plans.of(tuple([name for name, _ in self._fields]))
+        fields = dict(self._fields)
+        body = self._lazy_body
+        body_bytes = 0 if not body else len(body[0]) if len(body) == 1 else sum(map(len, body))
+        status = self._parser.get_status_code()
+        if (
+            plan is None
+            or quick is None
+            or quick.is_over_soon
+            or status == 204
+            or status == 304
+            or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)
+        ):
+            return False
+        if plan.connection:
+            data = without_keep_alive(data, plan.connection, fields[plan.connection])
+            if not data:
+                return False
+        self._is_done = self._is_lazy = False
+        self._bare_bytes = 0
+        if body:
+            body.clear()
+        self.taker = self.quick = None
+        self.pool.give_back(self)
+        quick.answered(data)
+        return True
+
+    def _catch_up(self) -> None:
+        """It is not an ordinary answer, or not whole yet: tell of it what has come."""
+        self._is_lazy = False
+        body, self._lazy_body = self._lazy_body, []
+        is_done, self._is_done = self._is_done, False
+        try:
+            self._begin_answer()
+        except RequestError:
+            self._is_done = False
+            self.abort()
+            return
+        for data in body:
+            if self.taker is not None:
+                self.taker.answer_continued(data)
+        self._is_done = is_done
 
     def _complete(self) -> None:
         if self.expects_bodiless:
@@ -250,7 +350,11 @@ class Upstream(asyncio.Protocol):
         self._bare_bytes = 0
         self._head = None
         taker = self.taker
-        self.taker = None
+        self.taker = self.quick = None
+        if self._trailers is not None:
+            if taker is not None:
+                taker.trailers_came(self._trailers, self._kinds)
+            self._trailers = None
         self.resume()
         # Back into the pool first: the next request of the same client may want it at once.
         self.pool.give_back(self)
@@ -276,6 +380,13 @@ class Upstream(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():  # uvloop's raises once it is closed
             self.transport.write(data)
 
+    def write_eof(self) -> bool:
+        """Tell the worker that nothing more comes; False if this connection knows no such state."""
+        if self.transport is None or self.transport.is_closing() or not self.transport.can_write_eof():
+            return False
+        self.transport.write_eof()
+        return True
+
     def pause(self) -> None:
         """Read no more for now: the client is slow."""
         if self.transport is not None and not self._is_paused and not self.transport.is_closing():
@@ -291,7 +402,7 @@ class Upstream(asyncio.Protocol):
 
     def detach(self) -> None:
         """The taker wants no more of this answer; the rest is skipped and the connection used again if it can be."""
-        self.taker = None
+        self.taker = self.quick = None
         if self.is_reusable and self.is_sent and self._is_answering:
             self._is_skipping = True
             self.idle_since_s = self.pool.now_s
@@ -313,9 +424,16 @@ class Upstream(asyncio.Protocol):
         if self.transport is not None:
             self.transport.close()
 
+    def finish(self) -> None:
+        """End the connection when all that was written has left, but soon; nobody is told."""
+        transport = self.transport
+        self.close()
+        if transport is not None and transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(FINISH_S, transport.abort)
+
     def _leave(self) -> Taker | None:
         taker = self.taker
-        self.taker = None
+        self.taker = self.quick = None
         self._is_skipping = False
         self.is_reusable = False
         self.pool.forget(self)

@@ -9,6 +9,8 @@ as make`, then `make(lead)` for each led shard:
     @asynccontextmanager
     async def counters(): ...               a function of no argument that returns one
 
+(`hosting.hosted` makes one of the third shape out of an aiohttp.web.Application.)
+
 What can be wrong is said before a session is opened, with the name, what was found and what is allowed. This module
 never opens an object, never runs a request and never decides about leadership.
 """
@@ -254,6 +256,8 @@ def _shape(subject: object, name: str) -> _Makes | _Enters:
             _check_arguments(subject, 0, name)
             return _Enters(subject)
         raise _wrong(name, f"class {_label(subject)}", "it has no method `handle`")
+    if isinstance(subject, web.Application):
+        raise _wrong(name, "an aiohttp.web.Application", "wrap it, as in shardlead.hosted(app, open=…)")
     if isinstance(subject, _Enterable):
         return _Enters(lambda: subject)
     if not callable(subject):

@@ -212,10 +212,17 @@ class GuardedWriter(StreamWriter):
     def __init__(self, gate: Gate, protocol: web.RequestHandler, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(protocol, loop)
         self.gate = gate
+        self.has_head = False
 
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
+        self.has_head = True
         self.gate.begin_answer(status_line, headers)
         await super().write_headers(status_line, headers)
+
+    async def write(self, chunk: Any, **options: Any) -> None:
+        if not self.has_head and chunk == _CONTINUE:
+            return  # an aiohttp application answers an Expect by itself, which the runtime has done already
+        await super().write(chunk, **options)
 
 
 class _GuardedProtocol:

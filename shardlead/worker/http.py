@@ -13,6 +13,7 @@ client. Idle connections are left for the router to close. This module decides n
 import asyncio
 import errno
 import logging
+import ssl
 from contextlib import suppress
 from typing import Final, assert_never
 
@@ -78,7 +79,10 @@ class Front:
         *,
         clock: Clock,
         metrics: WorkerMetrics,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """`tls`: what its port speaks; None: plain HTTP."""
+        self._tls = tls
         self._settings = settings
         self._host = host
         self._application = application
@@ -124,7 +128,7 @@ class Front:
         )
         self._runner = web.ServerRunner(self._server, shutdown_timeout=CLOSE_TIMEOUT_S)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
+        self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG, ssl_context=self._tls)
         try:
             await self._site.start()
         except OSError as exc:

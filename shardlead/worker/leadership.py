@@ -61,6 +61,7 @@ class Leadership:
         "has_barrier",
         "has_overrun",
         "shard",
+        "state",
         "worker",
     )
 
@@ -69,6 +70,7 @@ class Leadership:
         self.epoch = epoch
         self.worker = worker
         self.draining = Draining()
+        self.state: Any = None  # the application's own: what its open() keeps for the shard (`hosting`)
         self.has_barrier = False
         self.has_overrun = False  # for the runtime: some work of it ended when its right to work was over
         self._guard = guard

@@ -40,6 +40,7 @@ from shardlead.errors import (
 )
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
+from shardlead.tls import of_worker
 from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Application, Factory
 from shardlead.worker.audit import AuditLog
@@ -269,7 +270,12 @@ class Worker:
             )
         )
         self._front = Front(
-            settings.worker, self._host, self._factory.description, clock=self._clock, metrics=self._metrics
+            settings.worker,
+            self._host,
+            self._factory.description,
+            clock=self._clock,
+            metrics=self._metrics,
+            tls=of_worker(settings.tls),
         )
         self._stack.push_async_callback(self._front.close)
         self.address = await self._front.start()

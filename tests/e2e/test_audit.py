@@ -156,7 +156,9 @@ def test_two_leaders_are_found(tmp_path: Path) -> None:
             revoke = {"ID": str(int(sid.partition("-")[0], 16))}
             async with cluster.session.post(f"{cluster.store_url}/v3/lease/revoke", json=revoke) as answer:
                 assert answer.status == 200
-            await cluster.wait_map(lambda seen: set(seen.leaders.values()) == {"w2"}, "led by w2 alone", EVEN_S)
+            await cluster.wait_map(
+                lambda seen: seen.is_led and set(seen.leaders.values()) == {"w2"}, "led by w2 alone", EVEN_S
+            )
             cluster.workers["w1"].cont()
             await cluster.wait_map(lambda seen: "w1" in seen.workers, "joined by w1 again", EVEN_S)
 

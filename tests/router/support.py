@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import logging
 import random
+import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +17,7 @@ import orjson
 from shardlead.clock import SystemClock
 from shardlead.cluster.bootstrap import ensure_shape
 from shardlead.cluster.view import View
-from shardlead.config import ClusterSettings, RouterSettings, StoreSettings
+from shardlead.config import ClusterSettings, RouterSettings, StoreSettings, TlsSettings
 from shardlead.core.keyspace import Keyspace, encode
 from shardlead.core.model import LeaderRecord, WorkerRecord
 from shardlead.router.server import Router
@@ -44,6 +47,7 @@ class Request:
     writer: asyncio.StreamWriter
     number: int  # of the requests of this worker
     body: bytes = b""
+    trailers: list[bytes] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -66,7 +70,8 @@ class Request:
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 parts.append(await self.reader.readexactly(size))
                 assert await self.reader.readexactly(2) == b"\r\n"
-            assert await self.reader.readexactly(2) == b"\r\n"
+            while line := (await self.reader.readuntil(b"\r\n")).removesuffix(b"\r\n"):
+                self.trailers.append(line)
             self.body = b"".join(parts)
         else:
             self.body = await self.reader.readexactly(int(self.headers.get("content-length", "0")))
@@ -108,7 +113,8 @@ async def echo(request: Request) -> None:
 class Worker:
     """An upstream that speaks the contract by script."""
 
-    def __init__(self, name: str, script: Script = echo) -> None:
+    def __init__(self, name: str, script: Script = echo, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.name = name
         self.script = script
         self.requests: list[Request] = []
@@ -119,8 +125,8 @@ class Worker:
         self._arrived = asyncio.Condition()
         self._server: asyncio.Server | None = None
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=self.tls)
         host, port = self._server.sockets[0].getsockname()
         self.address = f"{host}:{port}"
 
@@ -194,9 +200,11 @@ class Stage:
         await self.true(lambda: self.view.map.revision >= outcome.revision)
         return outcome.revision
 
-    async def start(self, name: str, script: Script = echo, **record: Any) -> Worker:
+    async def start(
+        self, name: str, script: Script = echo, *, tls: ssl.SSLContext | None = None, **record: Any
+    ) -> Worker:
         """A worker, alive."""
-        worker = Worker(name, script)
+        worker = Worker(name, script, tls)
         await worker.start()
         self.workers[name] = worker
         await self.write(Put(self.keyspace.worker(name), encode(self.record(worker, **record))))
@@ -221,9 +229,9 @@ class Stage:
     def shard_of(self, key: str) -> int:
         return self.view.map.shard_of(key)
 
-    async def client(self) -> "Client":
+    async def client(self, tls: ssl.SSLContext | None = None) -> "Client":
         host, _, port = self.router.address.rpartition(":")
-        client = Client(*await asyncio.open_connection(host, int(port)))
+        client = Client(*await asyncio.open_connection(host, int(port), ssl=tls))
         self.clients.append(client)
         return client
 
@@ -253,6 +261,7 @@ class Answer:
     status: int
     headers: dict[str, str]  # names in lower case
     body: bytes
+    trailers: list[bytes] = field(default_factory=list)
 
     @property
     def json(self) -> Any:
@@ -303,7 +312,7 @@ class Client:
         async with asyncio.timeout(WAIT_S):
             if answer.headers.get("transfer-encoding") == "chunked":
                 parts = []
-                while chunk := await self.chunk():
+                while chunk := await self.chunk(answer.trailers):
                     parts.append(chunk)
                 answer.body = b"".join(parts)
             elif "content-length" in answer.headers:
@@ -312,10 +321,14 @@ class Client:
                 answer.body = await self.reader.read()
         return answer
 
-    async def chunk(self) -> bytes:
+    async def chunk(self, trailers: list[bytes] | None = None) -> bytes:
         """The next chunk of an answer; empty: its end."""
         async with asyncio.timeout(WAIT_S):
             size = int(await self.reader.readline(), 16)
+            if not size and trailers is not None:
+                while line := (await self.reader.readuntil(b"\r\n")).removesuffix(b"\r\n"):
+                    trailers.append(line)
+                return b""
             data = await self.reader.readexactly(size)
             assert await self.reader.readexactly(2) == b"\r\n"
             return data
@@ -329,6 +342,10 @@ class Client:
                 return True
 
     def leave(self) -> None:
+        """Be gone, as seen from the other side too: with a reset. (A FIN alone says only that nothing more is sent.)"""
+        raw = self.writer.get_extra_info("socket")
+        if not self.writer.transport.is_closing():
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 
@@ -352,7 +369,9 @@ class Listener(logging.Handler):
 
 
 @asynccontextmanager
-async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIterator[Stage]:
+async def stage(
+    settings: RouterSettings = SETTINGS, *, tls: TlsSettings | None = None, **changes: Any
+) -> AsyncIterator[Stage]:
     """A router that listens, with a view of an empty cluster of 16 shards."""
     mishaps: list[str] = []  # what was logged as an error, or nobody caught: none of the stages here has any
     loop = asyncio.get_running_loop()
@@ -370,7 +389,7 @@ async def stage(settings: RouterSettings = SETTINGS, **changes: Any) -> AsyncIte
             view = View(store, keyspace, clock=clock, rng=random.Random(2))
             following = tasks.create_task(view.run())
             await view.wait_ready(WAIT_S)
-            async with Router(replace(settings, **changes), view, clock=clock) as router:
+            async with Router(replace(settings, **changes), view, clock=clock, tls=tls) as router:
                 here = Stage(clock, store, keyspace, view, router)
                 try:
                     yield here

@@ -766,3 +766,34 @@ def test_a_pause_of_the_whole_process_times_nobody_out() -> None:
             assert (await client.ask()).status == 200
 
     run(main)
+
+
+def test_an_address_that_refuses_connections_is_let_be_until_there_is_news() -> None:
+    """Many shards of a dead worker cost a few attempts a second, not one for each request; the first request after
+    news of it does not wait for the pause to end."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            address = worker.address
+            await worker.stop()
+            clients = [await here.client() for _ in range(100)]
+            for number, client in enumerate(clients):
+                await client.send(request_bytes("GET", f"/k/{number}"))
+            await here.held(100)
+            await asyncio.sleep(1.5)
+            attempts = here.router.counts.connects["failed"]
+            assert 2 <= attempts <= 40, "16 at once, then one a pause"
+            pool = next(iter(here.router.desk.pools.values()))
+            await here.true(lambda: pool._is_resting() and pool._failures > 4)
+            again = Worker("w1")
+            await again.start(port=int(address.rpartition(":")[2]))
+            here.workers["w2"] = again
+            await here.lead(again)
+            async with asyncio.timeout(0.5):
+                for client in clients:
+                    assert (await client.answer()).status == 200
+            assert not pool._failures
+
+    run(main)

@@ -49,7 +49,7 @@ def test_chunked_bodies_pass_both_ways() -> None:
         for at in range(0, len(body), 1000):
             piece = body[at : at + 1000]
             await request.send(b"%x;ext=1\r\n%b\r\n" % (len(piece), piece))
-        await request.send(b"0\r\nTrailer: dropped\r\n\r\n")
+        await request.send(b"0\r\nX-Sum: 1\r\nTrailer: dropped\r\nShardlead-Epoch: 7\r\nSet-Cookie: a=b\r\n\r\n")
 
     async def main() -> None:
         async with stage() as here:
@@ -65,10 +65,19 @@ def test_chunked_bodies_pass_both_ways() -> None:
             await worker.received(2)
             for at in range(0, 4500, 1500):
                 await client.send(b"5DC\r\n" + body[at : at + 1500] + b"\r\n")
-            await client.send(b"0\r\nX: trailer\r\n\r\n")
-            assert (await client.answer()).body == body
+            await client.send(b"0\r\nX: trailer\r\nX-Shard-Key: b\r\nHost: b\r\nShardlead_Epoch: 7\r\nY:\r\n\r\n")
+            answer = await client.answer()
+            assert (answer.body, answer.trailers) == (body, [b"X-Sum: 1"])
+            assert worker.requests[1].trailers == [b"X: trailer", b"Y: "]
             assert worker.requests[1].headers["transfer-encoding"] == "chunked"
             assert worker.requests[1].expects_continue
+            await client.send(head + b"3\r\nabc\r\n0\r\nX: trailer\r\n\r\n")
+            assert (await client.answer()).body == b"abc"
+            assert "content-length" not in worker.requests[2].headers, "a short body goes in chunks for its trailers"
+            assert worker.requests[2].trailers == [b"X: trailer"]
+            await client.send(request_bytes("GET", "/k/a", TE="deflate;q=0.5, Trailers", Connection="TE"))
+            assert not (await client.answer()).trailers or worker.requests[3].headers["te"] == "trailers"
+            assert worker.requests[3].headers["connection"] == "TE"
             assert worker.connections == 1
 
     run(main)
@@ -146,7 +155,7 @@ def test_hop_by_hop_and_contract_fields_stay_where_they_are() -> None:
                 Connection="keep-alive, X-Mine, Host, X-Shard-Key",
                 X_Mine="hop",
                 X_Shard_Key="a",
-                TE="trailers",
+                TE="gzip",
                 Keep_Alive="1",
                 Proxy_Connection="keep-alive",
                 Proxy_Authorization="secret",
@@ -162,6 +171,7 @@ def test_hop_by_hop_and_contract_fields_stay_where_they_are() -> None:
                 "x-forwarded-proto",
                 "x-forwarded-host",
                 "forwarded",
+                "x-request-id",
                 "shardlead-key",
                 "shardlead-shard",
                 "shardlead-epoch",
@@ -170,6 +180,7 @@ def test_hop_by_hop_and_contract_fields_stay_where_they_are() -> None:
             assert received.epoch == epoch
             assert received.headers["shardlead-key"] == "a"
             assert received.headers["host"] == "test"
+            assert answer.headers.pop("date")
             assert answer.headers == {"content-length": "2", "x-public": "seen", "set-cookie": "a=b"}
 
     run(main)
@@ -269,6 +280,41 @@ def test_an_early_hint_reaches_the_client_before_the_answer() -> None:
     run(main)
 
 
+def test_every_request_has_an_id_and_every_answer_a_date() -> None:
+    """A client's X-Request-Id passes if it can be written anywhere; else one is made, told to the worker, and named in
+    a problem. `traceparent` passes as it came. An answer without a Date gets one; a worker's own stays."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1")
+            await here.lead(worker)
+            trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+            await here.ask("GET", "/k/a", X_Request_Id="abc-1", traceparent=trace)
+            assert worker.requests[0].headers["x-request-id"] == "abc-1"
+            assert worker.requests[0].headers["traceparent"] == trace
+            for bad in ("", "a b", 'a"b', "a" * 129, "{}"):
+                await here.ask("GET", "/k/a", X_Request_Id=bad)
+            client = await here.client()
+            twice = b"X-Request-Id: a\r\nx-request-id: a\r\nX_Request_Id: a\r\n"
+            await client.send(b"GET /k/a HTTP/1.1\r\nHost: t\r\n%b\r\n" % twice)
+            answer = await client.answer()
+            assert answer.headers["date"].endswith(" GMT")
+            made = [request.headers["x-request-id"] for request in worker.requests[1:]]
+            assert len(set(made)) == 6
+            assert all(len(each) > 16 for each in made)
+            refused = await here.ask("GET", "/none", X_Request_Id="abc-2")
+            assert refused.json["request_id"] == "abc-2"
+            assert refused.headers["date"].endswith(" GMT")
+            worker.script = lambda request: request.answer(200, b"ok", Date="Sun, 06 Nov 1994 08:49:37 GMT")
+            assert (await here.ask()).headers["date"] == "Sun, 06 Nov 1994 08:49:37 GMT"
+            await client.send(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+            answer = await client.answer()
+            assert (answer.status, answer.headers["connection"]) == (501, "close")
+            assert "CONNECT" in answer.json["detail"]
+
+    run(main)
+
+
 def test_an_old_client_gets_an_old_answer() -> None:
     """HTTP/1.0: no chunks, the connection closes unless keep-alive was asked for."""
 
@@ -282,7 +328,7 @@ def test_an_old_client_gets_an_old_answer() -> None:
             client = await here.client()
             await client.send(b"GET /k/a HTTP/1.0\r\n\r\n")
             answer = await client.answer()
-            assert answer.headers == {"connection": "close"}
+            assert answer.headers.keys() == {"connection", "date"}
             assert answer.body == b"ok"
             worker.script = lambda request: request.answer(200, b"ok")
             client = await here.client()
@@ -307,7 +353,7 @@ def test_the_last_request_of_a_connection_may_have_a_body_in_many_packets() -> N
             await here.lead(worker)
             client = await here.client()
             await client.send(request_bytes("POST", "/k/a", bytes(10), Connection="close")[:-5])
-            await here.true(lambda: here.router._number == 1)
+            await here.true(lambda: here.router.next_number() > 1)
             await client.send(bytes(5) + request_bytes("GET", "/k/never"))
             answer = await client.answer()
             assert (answer.json["body"], answer.headers["connection"]) == (10, "close")

@@ -76,7 +76,9 @@ def simulate(
     """Run it. What is broken stands in the outcome, tolerated invariants excepted; nothing is raised for it."""
     scenario = scenario if scenario is not None else ALL[name]
     outcome = Outcome(name, seed)
-    logging.getLogger("shardlead").setLevel(logging.CRITICAL + 1)
+    logger = logging.getLogger("shardlead")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     began = time.perf_counter()
     if seed % GC_EVERY == 0:
         gc.collect()
@@ -105,6 +107,7 @@ def simulate(
         world.abandon()
     finally:
         gc.enable()
+        logger.setLevel(level)
     outcome.real_s = time.perf_counter() - began
     return outcome
 

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -31,6 +31,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shardlead.config import TlsSettings
 
 KINDS: Final = ("3.5", "3.4")
 READY_TIMEOUT_S: Final = 20.0
@@ -84,6 +86,16 @@ class Tls:
     server_key_file: Path
     client_cert_file: Path
     client_key_file: Path
+
+    def of_server(self, **changes: str) -> TlsSettings:
+        """The settings of a process that shows the server's certificate."""
+        files = (self.ca_file, self.server_cert_file, self.server_key_file)
+        return replace(TlsSettings(*map(str, files)), **changes)
+
+    def of_client(self, **changes: str) -> TlsSettings:
+        """The settings of a process that shows the client's certificate."""
+        files = (self.ca_file, self.client_cert_file, self.client_key_file)
+        return replace(TlsSettings(*map(str, files)), **changes)
 
     def client_context(self) -> ssl.SSLContext:
         """What a client needs to be let in."""

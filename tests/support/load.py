@@ -288,14 +288,25 @@ class Load:
         self._answered += entry.is_ok
         self._progress.set()
 
-    async def _exchange(self, entry: Entry) -> None:
-        if self._idle:
+    def _take_idle(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The connection used last; not one that is seen closed: the router closes what has been idle for a minute."""
+        while self._idle:
             reader, writer = self._idle.pop()
-        else:
-            if self._open >= self.mix.connections_max:
-                raise OSError("the load has no connection left")
-            reader, writer = await asyncio.open_connection(self._host, self._port, limit=_HEAD_BYTES_MAX)
-            self._open += 1
+            if not (reader.at_eof() or writer.is_closing()):
+                return reader, writer
+            self._open -= 1
+            writer.close()
+        return None
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._open >= self.mix.connections_max:
+            raise OSError("the load has no connection left")
+        connection = await asyncio.open_connection(self._host, self._port, limit=_HEAD_BYTES_MAX)
+        self._open += 1
+        return connection
+
+    async def _exchange(self, entry: Entry) -> None:
+        reader, writer = self._take_idle() or await self._connect()
         is_reusable = False
         try:
             entry.sent_s = self.now_s()

@@ -17,7 +17,7 @@ FLOORS: Final = (
     {"worker", "router", "controller", "admin", "client"},
     {"cluster", "fencing"},
     {"store"},
-    {"loading", "audit"},
+    {"loading", "audit", "tls"},
     {"config"},
     {"core", "metrics", "log", "devfile", "virtual"},
     {"errors", "clock"},

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -185,13 +186,25 @@ class Stage:
         return self.registry.get_sample_value("shardlead_worker_requests_total", {"outcome": outcome}) or 0.0
 
 
+def scripted(stage: Stage) -> Callable[[Leadership], Script]:
+    """The application as a factory."""
+    return lambda lead: Script(stage, lead)
+
+
 @asynccontextmanager
-async def staged(*, is_led: bool = True, audit: AuditLog | None = None, **changes: Any) -> AsyncIterator[Stage]:
+async def staged(
+    *,
+    is_led: bool = True,
+    subject: Callable[[Stage], object] = scripted,
+    audit: AuditLog | None = None,
+    tls: ssl.SSLContext | None = None,
+    **changes: Any,
+) -> AsyncIterator[Stage]:
     """A front that listens; shard SHARD is led under EPOCH unless `is_led` is False. `changes` are settings."""
     settings = replace(WorkerSettings(drain_timeout_s=5.0, park_timeout_s=5.0), **changes)
     stage = Stage(settings)
     metrics = WorkerMetrics(stage.registry)
-    application = Application(lambda lead: Script(stage, lead), name="stage")
+    application = Application(subject(stage), name="stage")
     async with application.factory() as make:
         stage.host = Host(
             settings,
@@ -204,7 +217,7 @@ async def staged(*, is_led: bool = True, audit: AuditLog | None = None, **change
             metrics=metrics,
             audit=audit,
         )
-        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics)
+        stage.front = Front(settings, stage.host, make.description, clock=CLOCK, metrics=metrics, tls=tls)
         async with stage.host:
             stage.host.envoy = stage.speaker
             stage.address = await stage.front.start()

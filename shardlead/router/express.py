@@ -1,0 +1,255 @@
+"""The short way of an ordinary request: one that came whole in one packet, goes to a known leader over an idle
+connection, and is answered whole in one packet. Most requests are such.
+
+What it never does: hold, send again, stream, or decide. Whatever is out of the ordinary, at any moment, is not its
+business: `expand` makes the exchange that the request would have been, as it stands, and that one goes on.
+
+Law: nothing is left out. The parser has read every byte; fields, framing, host and key are judged by the rules of
+`heads`, `plans` and `core.routing`; what differs is the work. A message leaves on this way only if its framing is one
+plain Content-Length that is true, or none and no body.
+"""
+
+from typing import Final, Protocol
+
+from shardlead.config import RouterSettings
+from shardlead.core.contract import RESEND_BODY_BYTES_MAX
+from shardlead.core.routing import KeyRules, encode_key
+from shardlead.core.shardmap import Leader
+from shardlead.errors import RequestError
+from shardlead.router.exchange import SENT, Client, Desk, Exchange
+from shardlead.router.forwarded import Forwarder
+from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
+from shardlead.router.plans import Plans, RequestPlan, lines_bytes, without_keep_alive
+from shardlead.router.pool import Pool
+from shardlead.router.upstream import Upstream
+
+_IS_SAFE: Final = {b"GET": True, b"POST": False, b"PUT": False, b"DELETE": False, b"PATCH": False}
+
+
+class ExpressDesk(Desk, Protocol):
+    """The desk, for requests that need no decision."""
+
+    def take_at_once(self, key: bytes, *, is_safe: bool, size: int) -> tuple[Upstream, Pool, Leader, int] | None:
+        """An idle connection to the leader of the key's shard, and its pool, that leader and shard; `size` bytes of
+        body count as kept from now on. None: something about it is not ordinary."""
+        ...
+
+    def answered_at_once(self, since_ns: int, size: int) -> None:
+        """A request of `take_at_once` has been answered."""
+
+
+class ExpressFront(Protocol):
+    """What the short way needs of the router."""
+
+    @property
+    def settings(self) -> RouterSettings: ...
+    @property
+    def rules(self) -> KeyRules: ...
+    @property
+    def kinds(self) -> Kinds: ...
+    @property
+    def plans(self) -> Plans[RequestPlan]: ...
+    @property
+    def desk(self) -> ExpressDesk: ...
+    @property
+    def is_stopping(self) -> bool: ...
+
+    def now_ns(self) -> int: ...
+
+    def next_number(self) -> int: ...
+
+
+class ExpressClient(Client, Protocol):
+    """The client's connection, as the short way sees it."""
+
+    @property
+    def forwarder(self) -> Forwarder: ...
+
+    def turn_over(self) -> None:
+        """The request under way has been answered."""
+
+    def take_over(self, exchange: Exchange) -> None:
+        """The request under way goes on as this one."""
+
+
+class Express:
+    """One client connection's short way. `connection` is that of the request under way, if one is."""
+
+    __slots__ = (
+        "_body_bytes",
+        "_body_bytes_max",
+        "_client",
+        "_forwarded",
+        "_front",
+        "_head_bytes_max",
+        "_host",
+        "_sent",
+        "_since_ns",
+        "connection",
+    )
+
+    def __init__(self, front: ExpressFront, client: ExpressClient) -> None:
+        self.connection: Upstream | None = None
+        self._front = front
+        self._client = client
+        self._host = b""
+        self._forwarded = b""  # what is told of the client, for that host
+        self._head_bytes_max = front.settings.head_bytes_max
+        self._body_bytes_max = min(RESEND_BODY_BYTES_MAX, front.settings.body_bytes_max)
+        self._body_bytes = 0  # of the request under way, as the next two
+        self._since_ns = 0
+        self._sent: tuple[bytes, bytes, Fields, bytes, bytes, int, Leader, Pool, int]
+
+    def __repr__(self) -> str:
+        return f"<Express {'idle' if self.connection is None else f'waits for {self.connection!r}'}>"
+
+    # --- the client's side
+
+    def send(
+        self, data: bytes, method: bytes, target: bytes, fields: Fields, plan: RequestPlan, body_bytes: int
+    ) -> bool:
+        """Send the request that is this packet; False: it must go the long way, and nothing has happened."""
+        front = self._front
+        is_safe = _IS_SAFE.get(method)
+        end = data.find(b"\r\n\r\n")
+        line = len(method) + len(target) + 1  # where the request line's " HTTP/1.1" begins
+        seen = dict(fields)
+        if (
+            is_safe is None
+            or end + 4 + body_bytes != len(data)
+            or end > self._head_bytes_max
+            or data[line : line + 11] != b" HTTP/1.1\r\n"
+            or target[0] != 47  # "/"
+            or b"#" in target
+            or end - line - 9 != lines_bytes(seen)  # 9: " HTTP/1.1"
+        ):
+            return False
+        host = seen[plan.host]
+        if host != self._host and not self._learn_host(host):
+            return False
+        if plan.length:
+            if seen[plan.length] != b"%d" % body_bytes or body_bytes > self._body_bytes_max:
+                return False
+        elif body_bytes:
+            return False
+        try:
+            key = front.rules.find(target, (seen[plan.key],) if plan.key else ())
+        except RequestError:
+            return False
+        if key is None:
+            return False
+        head = data[: end + 2]
+        if plan.connection:
+            head = without_keep_alive(head, plan.connection, seen[plan.connection])
+            if not head:
+                return False
+        if plan.request_id and not is_request_id(seen[plan.request_id]):
+            return False
+        desk = front.desk
+        taken = desk.take_at_once(key, is_safe=is_safe, size=body_bytes)
+        if taken is None:
+            return False
+        connection, pool, leader, shard = taken
+        self._since_ns = front.now_ns()
+        self._body_bytes = body_bytes
+        body = data[end + 4 :] if body_bytes else b""
+        number = front.next_number()
+        self._sent = method, target, fields, body, key, shard, leader, pool, number
+        request_id = b"" if plan.request_id else b"X-Request-Id: %b%x\r\n" % (desk.id_prefix, number)
+        self.connection = connection
+        connection.taker = connection.quick = self
+        connection.write(
+            b"%b%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
+            % (head, self._forwarded, request_id, shard, encode_key(key), leader.epoch, body)
+        )
+        return True
+
+    def _learn_host(self, host: bytes) -> bool:
+        if not is_host(host):
+            return False
+        self._host = host
+        self._forwarded = self._client.forwarder.write(host, None)
+        return True
+
+    # --- the worker's side
+
+    @property
+    def is_over_soon(self) -> bool:
+        """Whether the answer must say that the connection ends."""
+        return self._front.is_stopping
+
+    def answered(self, data: bytes) -> None:
+        """The answer, whole and as it goes to the client."""
+        self.connection = None
+        self._client.write(data)
+        self._front.desk.answered_at_once(self._since_ns, self._body_bytes)
+        self._client.turn_over()
+
+    # --- the long way, from here on
+
+    def expand(self) -> Exchange:
+        """The exchange that this request is now: sent, and waiting for its answer."""
+        connection = self.connection
+        assert connection is not None, "no request is under way"
+        front, client = self._front, self._client
+        method, target, fields, body, key, shard, leader, pool, number = self._sent
+        head = read_request(method, target, "1.1", fields, front.kinds, client.forwarder)
+        exchange = Exchange(front.desk, client, head, number, self._since_ns)
+        exchange.key = key
+        exchange.shard = shard
+        exchange.leader = leader
+        exchange.pool = pool
+        exchange.connection = connection
+        exchange.state = SENT
+        if body:
+            exchange.body.take_whole(body)
+        if connection.quick is self:  # else it has ended, and this is about to hear of it
+            connection.taker = exchange
+            connection.quick = None
+        self.connection = None
+        client.take_over(exchange)
+        return exchange
+
+    # --- `upstream.Taker`: what an ordinary request never hears of
+
+    def connected(self, connection: Upstream) -> None:
+        raise AssertionError(f"{self!r} takes {connection!r} itself")
+
+    def not_connected(self) -> None:
+        raise AssertionError(f"{self!r} waits for no connection")
+
+    def informed(self, head: AnswerHead, phrase: bytes) -> None:
+        self.expand().informed(head, phrase)
+
+    def answer_began(self, head: AnswerHead, phrase: bytes) -> None:
+        self.expand().answer_began(head, phrase)
+
+    def answer_continued(self, data: bytes) -> None:
+        self.expand().answer_continued(data)
+
+    def answer_ended(self) -> None:
+        self.expand().answer_ended()
+
+    def trailers_came(self, fields: Fields, kinds: Kinds) -> None:
+        self.expand().trailers_came(fields, kinds)
+
+    def switched(self, head: AnswerHead, phrase: bytes, rest: bytes) -> None:
+        self.expand().switched(head, phrase, rest)
+
+    def tunnelled(self, data: bytes) -> None:
+        self.expand().tunnelled(data)
+
+    def tunnel_half_closed(self) -> bool:
+        return self.expand().tunnel_half_closed()
+
+    def lost(self) -> None:
+        self.expand().lost()
+
+    def session_ended(self, sid: str) -> None:
+        self.expand().session_ended(sid)
+
+    def upstream_full(self) -> None:
+        self.expand().upstream_full()
+
+    def upstream_drained(self) -> None:
+        self.expand().upstream_drained()
