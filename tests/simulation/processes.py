@@ -15,6 +15,7 @@ from unittest import mock
 from prometheus_client import CollectorRegistry
 
 from shardlead.cluster.session import Session
+from shardlead.cluster.traffic import read_hint
 from shardlead.cluster.view import View
 from shardlead.controller.controller import Controller
 from shardlead.core.keyspace import Keyspace
@@ -22,7 +23,6 @@ from shardlead.core.routing import Happened
 from shardlead.core.shardmap import Delta
 from shardlead.errors import LeaseGone, ShardleadError, StoreError
 from shardlead.metrics import ControllerMetrics, WorkerMetrics
-from shardlead.router import dispatch as dispatching
 from shardlead.router.dispatch import Dispatch
 from shardlead.router.exchange import Exchange
 from shardlead.router.server import Router
@@ -341,12 +341,25 @@ def noting_sends(world: "World") -> Iterator[None]:
     turned_down = Dispatch.turned_down
 
     def told(dispatch: Dispatch, exchange: Exchange, what: Happened, epoch: int, leader: bytes) -> None:
-        hint = dispatching._read_hint(leader)
+        hint = read_hint(leader.decode("latin-1"))
         router = world.loop.current.name
         world.witness.router_saw(router, exchange.shard, max(epoch, hint.epoch if hint is not None else 0))
         turned_down(dispatch, exchange, what, epoch, leader)
 
-    with mock.patch.object(Exchange, "connected", noted), mock.patch.object(Dispatch, "turned_down", told):
+    take_at_once = Dispatch.take_at_once
+
+    def taken(dispatch: Dispatch, key: bytes, *, is_safe: bool, size: int) -> Any:
+        ride = take_at_once(dispatch, key, is_safe=is_safe, size=size)
+        if ride is not None:
+            _, _, leader, shard = ride
+            world.witness.router_sends(world.loop.current.name, shard, leader.epoch)
+        return ride
+
+    with (
+        mock.patch.object(Exchange, "connected", noted),
+        mock.patch.object(Dispatch, "take_at_once", taken),
+        mock.patch.object(Dispatch, "turned_down", told),
+    ):
         yield
 
 
