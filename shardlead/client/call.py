@@ -11,7 +11,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 
 from shardlead.client.body import Body
-from shardlead.core.routing import Answer, Happened
+from shardlead.core.routing import Answer, Happened, last_word
 from shardlead.core.shardmap import Leader
 
 NEVER_NS: Final = 1 << 62
@@ -116,7 +116,7 @@ class Call:
         self.wake()
 
     def fail(self, answer: Answer) -> None:
-        self.decision = answer
+        self.decision = last_word(answer, self.method, self.repeats)
         self.wake()
 
     def cut(self) -> None:

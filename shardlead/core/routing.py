@@ -293,8 +293,19 @@ class Facts:
 
 def is_harmless_twice(method: bytes | str, *, has_idempotency_key: bool, is_class_idempotent: bool) -> bool:
     """Whether processing a request twice does no harm: its method is safe, or the application removes duplicates."""
-    name = method.decode("ascii", "replace") if isinstance(method, bytes) else method
-    return name in SAFE_METHODS or (has_idempotency_key and is_class_idempotent)
+    return (has_idempotency_key and is_class_idempotent) or _is_safe(method)
+
+
+def _is_safe(method: bytes | str) -> bool:
+    return (method.decode("ascii", "replace") if isinstance(method, bytes) else method) in SAFE_METHODS
+
+
+def last_word(answer: Answer, method: bytes | str, repeats: int) -> Answer:
+    """What the client is told in the end. Every 503 of the law says that nothing was done; that can be said of a
+    request that has been sent again although it may have been processed (`repeats`) only if its method is safe."""
+    if not repeats or answer.status != 503 or _is_safe(method):
+        return answer
+    return OUTCOME_UNKNOWN
 
 
 def next_step(happened: Happened, facts: Facts) -> Step:

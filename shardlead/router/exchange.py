@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from shardlead.core import contract
 from shardlead.core.contract import Problem
-from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key
+from shardlead.core.routing import REFUSALS, Answer, Happened, encode_key, last_word
 from shardlead.core.shardmap import Leader
 from shardlead.errors import RequestError
 from shardlead.router.body import NO_BODY, Body
@@ -325,6 +325,7 @@ class Exchange:
 
     def fail(self, answer: Answer) -> None:
         """Answer the client with a problem."""
+        answer = last_word(answer, self.head.method, self.repeats)
         is_last = self.client.is_last(self) or not self.body.is_whole
         self.status = answer.status
         self.client.write(

@@ -436,6 +436,26 @@ def test_the_runtimes_own_words_about_an_unknown_outcome() -> None:
     scene(main)
 
 
+def test_what_may_have_been_done_is_not_denied_after_a_hold() -> None:
+    """Sent, broken, sent again under its Idempotency-Key, refused until its hold is over: an OutcomeUnknown, not an
+    Unserved, which would say that nothing was done."""
+
+    async def main(here: ClientStage) -> None:
+        async def script(request: Request) -> None:
+            await request.read_body()
+            if request.number == 0:
+                await request.close()
+            else:
+                await request.refuse("suspended")
+
+        worker = await led(here, script, idempotent=True, drain_timeout_s=-0.7)
+        with pytest.raises(OutcomeUnknown):
+            await here.direct.request("POST", "/", key="a", data=b"x", headers={"Idempotency-Key": "1"})
+        assert len(worker.requests) > 1
+
+    scene(main, hold_timeout_s=0.4)
+
+
 def test_an_application_may_say_502_and_421_itself() -> None:
     """Without the contract's headers they are answers like any other."""
 

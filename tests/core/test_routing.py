@@ -23,6 +23,7 @@ from shardlead.core.routing import (
     Send,
     encode_key,
     is_harmless_twice,
+    last_word,
     next_step,
 )
 from shardlead.core.shardmap import Leader
@@ -206,6 +207,16 @@ def test_other_methods_are_not_unless_both_sides_say_so(method: str) -> None:
     assert not is_harmless_twice(method, has_idempotency_key=True, is_class_idempotent=False)
     assert not is_harmless_twice(method, has_idempotency_key=False, is_class_idempotent=True)
     assert is_harmless_twice(method.encode(), has_idempotency_key=True, is_class_idempotent=True)
+
+
+@pytest.mark.parametrize("answer", [rule.late for rule in LAW.values()], ids=list(LAW))
+def test_nobody_is_told_that_nothing_was_done_if_it_may_have_been(answer: Answer) -> None:
+    """After a sending whose outcome nobody knows, a 503 of a later one is not the truth about a POST; about a GET it
+    is."""
+    assert last_word(answer, "POST", 0) == last_word(answer, b"GET", 1) == answer
+    told = last_word(answer, b"POST", 1)
+    assert told.status != 503
+    assert told == answer or (answer.status, told.problem) == (503, Problem.OUTCOME_UNKNOWN)
 
 
 OLD = Leader("a", "s1", 5, "127.0.0.1:1", 5)

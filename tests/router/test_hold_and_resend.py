@@ -403,6 +403,31 @@ def test_an_outcome_that_the_worker_itself_does_not_know() -> None:
     run(main)
 
 
+@pytest.mark.parametrize(("method", "expected"), [("POST", (502, "outcome-unknown")), ("GET", (503, "suspended"))])
+def test_what_may_have_been_done_is_not_denied_after_a_hold(method: str, expected: tuple[int, str]) -> None:
+    """Sent, broken, sent again under its Idempotency-Key, and then refused until its hold is over: the first sending
+    may have been processed, so no 503 says that nothing was done. Of a GET it may."""
+
+    async def main() -> None:
+        async with stage(hold_timeout_s=0.4) as here:
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                if request.number == 0:
+                    await request.close()
+                else:
+                    await request.refuse("suspended")
+
+            worker = await here.start("w1", script, idempotent=True, drain_timeout_s=-0.7)
+            await here.lead(worker)
+            answer = await here.ask(method, "/k/a", b"", Idempotency_Key="1")
+            assert (answer.status, answer.problem) == expected
+            assert answer.json["shard"] == here.shard_of("a")
+            assert len(worker.requests) > 1
+
+    run(main)
+
+
 def test_a_leader_that_cannot_be_reached_is_tried_until_there_is_another() -> None:
     """Nothing was sent, so a POST waits and goes to whoever follows."""
 
