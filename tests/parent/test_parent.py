@@ -67,6 +67,7 @@ class Stage:
         # Pids of another name space mean strangers here, whom nobody may kill; they end with their PID 1.
         family.facts = replace(said, pid=0, child=0) if prefix else said
         family.inner_pid = said.pid
+        family.born.update(map(born, watchdog.members([process.pid])))
         return family
 
 
@@ -77,6 +78,7 @@ class Family:
         self.process = process
         self.facts = Facts(0, 0)
         self.inner_pid = 0  # the worker's in its own PID name space
+        self.born: set[tuple[int, str]] = set()  # all of them, once it has said its facts
         self._heard = b""
 
     def hear(self) -> Any:
@@ -107,6 +109,7 @@ class Family:
         alone = {self.facts.pid, self.facts.child} - {0}  # init's, if those above them are dead
         watchdog.end(alone if self.process.poll() is not None else {*alone, self.process.pid})
         self.process.wait(WAIT_S)
+        wait_until(lambda: not living(self.born), "a name space ends soon after its first process, and this did not")
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
@@ -125,6 +128,12 @@ def born(pid: int) -> tuple[int, str]:
         ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10, check=False
     )
     return pid, done.stdout.strip()
+
+
+def living(of: set[tuple[int, str]]) -> set[tuple[int, str]]:
+    """Those of these processes that have not ended."""
+    alive = {row.pid for row in watchdog.table() if row.state not in "ZX"}
+    return of & {born(pid) for pid, _ in of if pid in alive}
 
 
 @pytest.mark.parametrize("is_pid_1", [False, True])
@@ -148,8 +157,7 @@ def test_nothing_outlives_its_test(is_pid_1: bool, request: pytest.FixtureReques
         orphan.process.kill()
         orphan.end()
     assert len(seen) >= 8
-    living = {row.pid for row in watchdog.table() if row.state not in "ZX"}
-    assert not seen & {born(pid) for pid, _ in seen if pid in living}
+    assert not living(seen)
 
 
 class Registry:

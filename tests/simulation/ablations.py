@@ -432,7 +432,7 @@ ABLATIONS: Final[Mapping[str, Ablation]] = {
         8, "Leaders are compared by value.", _tampering(_by_value), ABA, _names("I3", "I7", "I13", "I9"), seeds=200
     ),
     "no-barrier": Ablation(
-        9, "The token is checked and never registered before a read.", _no_barrier, LATE, _names("I5"), seeds=200
+        9, "The token is checked and never registered before a read.", _no_barrier, KILLS, _names("I5")
     ),
     "guard-by-timer": Ablation(
         10, "The guard is a flag that a timer sets.", _guard_by_timer, PAUSES, _names("I3", "I6")
