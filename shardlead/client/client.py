@@ -175,7 +175,7 @@ class Client:
         """The parent of all that runs for this client."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                pools = self._pools = Pools(self._settings, self._is_current, self._end, tasks)
+                pools = self._pools = Pools(self._settings, self._traffic.is_current, self._end, tasks)
                 unsubscribe = self._view.subscribe(self._on_delta)
                 work = [
                     tasks.create_task(self._view.run(), name="client view"),
@@ -386,9 +386,6 @@ class Client:
 
     # --- while it is under way
 
-    def _is_current(self, call: Call) -> bool:
-        return self._traffic.leader(call.shard) is call.leader
-
     def _touch(self, call: Call) -> None:
         call.deadline_ns = self._clock.now_ns() + call.timeout_ns
 
@@ -457,7 +454,7 @@ class Client:
         if pools is not None:
             for pool in pools.values():
                 for call in tuple(pool.waiting):  # no use in waiting for a connection to a leader of the past
-                    if not self._is_current(call) and call.take_back():
+                    if not self._traffic.is_current(call) and call.take_back():
                         self._traffic.happened(call, Happened.UNSENT)
             pools.sweep(self._view.map)
 

@@ -235,6 +235,15 @@ class Traffic(Generic[R]):
                 return gate.hint
         return seen
 
+    def is_current(self, request: R) -> bool:
+        """Whether the leader that it waits for a connection to is still the one to send to, and nobody has told of a
+        larger epoch."""
+        leader = self.leader(request.shard)
+        if leader is not request.leader:
+            return False
+        gate = self.gates.get(request.shard) if self.gates else None
+        return gate is None or leader is None or leader.epoch >= gate.floor
+
     def heed(self, delta: Delta) -> None:
         """News of leaders."""
         for change in delta.leaders:

@@ -122,7 +122,7 @@ class Dispatch:
             self._traffic.accepted(exchange)
 
     def is_current(self, exchange: Exchange) -> bool:
-        return self._traffic.leader(exchange.shard) is exchange.leader
+        return self._traffic.is_current(exchange)
 
     def withdraw(self, exchange: Exchange) -> None:
         self._traffic.withdraw(exchange)

@@ -216,6 +216,40 @@ async def _read(request: Request) -> None:
     await request.read_body()
 
 
+def test_who_waits_for_a_connection_hears_of_a_larger_epoch() -> None:
+    """One request is refused by a leader that has a larger epoch by now; another one still waited for that connection.
+    It is not sent under the epoch of before, but waits for the view."""
+
+    async def main() -> None:
+        async with stage(upstream_connections_max=1) as here:
+            go = asyncio.Event()
+            larger = 0
+
+            async def script(request: Request) -> None:
+                if request.number == 0:
+                    await request.read_body()
+                    await go.wait()
+                    await request.refuse("stale", epoch=larger)
+                else:
+                    await echo(request)
+
+            worker = await here.start("w1", script)
+            larger = await here.lead(worker) + 1  # as after a new epoch that the view has not heard of
+            first = asyncio.create_task(here.ask("POST", "/k/a", b"x"))
+            await worker.received(1)
+            second = asyncio.create_task(here.ask("POST", "/k/a", b"x"))
+            pool = next(iter(here.router.desk.pools.values()))
+            await here.true(lambda: len(pool.waiting) == 1)
+            go.set()
+            await here.held(2)
+            assert len(worker.requests) == 1
+            assert await here.lead(worker) >= larger
+            assert [(await each).status for each in (first, second)] == [200, 200]
+            assert all(request.epoch >= larger for request in worker.requests[1:])
+
+    run(main)
+
+
 def test_a_suspended_leader_is_asked_again_under_the_same_epoch() -> None:
     """503 suspended: one request asks every 250 ms; when it is admitted, all that wait follow."""
 
