@@ -98,11 +98,12 @@ KILLS: Final = _harsh(("kill", "evict", "move"), Setup(clients=8, storage=replac
 STUBBORN: Final = replace(
     FURTHER["unfenced"],
     setup=replace(FURTHER["unfenced"].setup, manners=Manners(slow=0.5, slow_s=2.5, stubborn=1.0, stubborn_s=6.0)),
+    duration_s=25.0,
     mean_pause_s=1.5,
     deeds_at_once=(6, 6),
 )
 RESETS: Final = _harsh(("reset_connections", "kill"), Setup(manners=THINKING, clients=6))
-OPERATIONS: Final = replace(SCENARIOS["operations"], deeds_at_once=(7, 7))
+OPERATIONS: Final = replace(SCENARIOS["operations"], duration_s=25.0, mean_pause_s=2.5, deeds_at_once=(7, 7))
 
 
 # --- what is taken away ----------------------------------------------------------------------------------------------

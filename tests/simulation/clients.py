@@ -48,7 +48,7 @@ class Client:
     keys: tuple[str, ...]
     history: list[Operation]
     tell: Callable[[str], object] = lambda _: None
-    pause_s: float = 0.25
+    pause_s: float = 0.3
     has_idempotency_keys: bool = False
     is_over: bool = False
     _reader: asyncio.StreamReader | None = None

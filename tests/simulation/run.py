@@ -25,7 +25,7 @@ from tests.simulation.world import World
 LIVE_EXTRA_S = 1.0
 LEADER_CHANGE_EXTRA_S = 5.0
 GC_EVERY = 10  # runs: collecting garbage takes as long as a tenth of a run
-QUIET_EVERY = 8  # runs: one that must become even and then keep still, which takes as long as its harm
+QUIET_EVERY = 16  # runs: one that must become even and then keep still, which takes three times as long as its harm
 SETTLE_S = 25.0
 QUIET_S = 15.0
 CLAIM_S = 1.0

@@ -22,8 +22,8 @@ class Scenario:
     sentence: str
     deeds: tuple[str, ...]
     setup: Setup = field(default_factory=Setup)
-    duration_s: float = 25.0
-    mean_pause_s: float = 3.0
+    duration_s: float = 8.0
+    mean_pause_s: float = 0.9
     never_fails: bool = False  # not one request may fail
     heals_late_s: float = 0.0  # what it takes longer than the promise to be whole again, for a stated reason
     deeds_at_once: tuple[int, int] = (2, 5)  # how many kinds of deeds a run knows
@@ -47,7 +47,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         "Moves, drains, rolling restarts, growth, with slow handlers: not one request fails.",
         ("restart", "move", "drain", "cordon", "freeze_moves", "scale_out", "compact"),
         never_fails=True,
-        mean_pause_s=2.5,
+        mean_pause_s=0.75,
     ),
     "crashes": Scenario(
         "Processes are killed, paused, stalled; machines are lost; what is left goes on.",
@@ -102,7 +102,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             idempotent=0.3,
             storage=StorageFaults(slow=0.05, late=0.03, lost=0.01),
         ),
-        mean_pause_s=1.5,
+        mean_pause_s=0.5,
         deeds_at_once=(4, 9),
     ),
 }
@@ -113,7 +113,7 @@ FURTHER: Final[Mapping[str, Scenario]] = {
         "Machines are frozen with their clocks, by a hypervisor: guards may be wrong (I3, I4), the fence holds (I5).",
         ("freeze_machine", "pause", "stall", "set_wall_clock", "kill", "move", "cut_from_etcd"),
         Setup(tolerated=frozenset({"I3", "I4"}), storage=StorageFaults(slow=0.1, late=0.03)),
-        mean_pause_s=2.0,
+        mean_pause_s=0.6,
     ),
     "unfenced": Scenario(
         "A class whose storage refuses nobody: whoever follows an unclean end waits, and nothing is lost.",
@@ -166,9 +166,7 @@ def _case(
 ) -> Case:
     setup = Setup(misbehaviour=misbehaviour, tolerated=tolerated | must_break, etcd_version=etcd_version)
     count = (len(deeds), len(deeds))
-    scenario = Scenario(
-        str(misbehaviour), deeds, setup, mean_pause_s=pause_s, deeds_at_once=count, heals_late_s=heals_late_s
-    )
+    scenario = Scenario(str(misbehaviour), deeds, setup, 25.0, pause_s, deeds_at_once=count, heals_late_s=heals_late_s)
     return Case(scenario, must_break, seeds)
 
 
