@@ -128,7 +128,7 @@ FURTHER: Final[Mapping[str, Scenario]] = {
             manners=Manners(slow=0.3, slow_s=2.5),  # some longer than a drain
             storage=StorageFaults(slow=0.4),  # each takes effect within a second, however its sender has fared
         ),
-        heals_late_s=6.0,  # its wait: TTL + delta, twice where the one who waited ends, too
+        heals_late_s=11.0,  # TTL + delta after a death; and again, if a move for evenness then has to cancel work (2 s)
     ),
 }
 """More surroundings; run by the long form, too."""
