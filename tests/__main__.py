@@ -8,13 +8,15 @@
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
 Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
-clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) come last, and the
-simulation, which has its own time, takes what they leave of the cores.
+clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) come last. The
+simulation, which has a time of its own, takes what the others leave of the cores, and stands still while times are
+measured.
 """
 
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,18 +111,23 @@ def tests(arguments: list[str]) -> Step:
             Lane(" ".join(WAITING), [*arguments, *waiting], folder),
             Lane("all others", [*arguments, *others], folder),
         ]
-        codes = [lane.finish() for lane in lanes]
-        clusters = [
-            Lane("whole clusters on etcd", [*arguments, "tests/e2e", FAULTS_LATER, "-k", HALF], folder),
-            Lane("whole clusters, the rest", [*arguments, "tests/e2e", FAULTS_LATER, "-k", f"not ({HALF})"], folder),
-        ]
-        codes += [lane.finish() for lane in clusters]
-        last = [
-            Lane("random faults", [*arguments, "tests/e2e/faults"], folder),
-            Lane("simulation", [*arguments, "tests/simulation"], folder, is_patient=True),
-        ]
-        codes += [lane.finish() for lane in last]
-        lanes += [*clusters, *last]
+        simulation = Lane("simulation", [*arguments, "tests/simulation"], folder, is_patient=True)
+        try:
+            codes = [lane.finish() for lane in lanes]
+            simulation.signal(signal.SIGSTOP)
+            clusters = [
+                Lane("whole clusters on etcd", [*arguments, "tests/e2e", FAULTS_LATER, "-k", HALF], folder),
+                Lane(
+                    "whole clusters, the rest", [*arguments, "tests/e2e", FAULTS_LATER, "-k", f"not ({HALF})"], folder
+                ),
+            ]
+            codes += [lane.finish() for lane in clusters]
+            simulation.signal(signal.SIGCONT)
+            faults = Lane("random faults", [*arguments, "tests/e2e/faults"], folder)
+            codes += [faults.finish(), simulation.finish()]
+        finally:
+            simulation.signal(signal.SIGKILL)
+        lanes += [*clusters, faults, simulation]
     counts = Counter[str]()
     for lane in lanes:
         counts.update(lane.counts)
@@ -137,7 +144,16 @@ class Lane:
         words = ["--quiet", f"--durations={SLOWEST}", "--durations-min=0.5", "-p", "no:cacheprovider", *arguments]
         with self._output.open("wb") as output:
             first = ["nice", "-n", "10"] if is_patient else []  # it has no clock but its own: others go first
-            self._process = subprocess.Popen([*first, sys.executable, "-m", "pytest", *words], stdout=output)
+            self._process = subprocess.Popen(
+                [*first, sys.executable, "-m", "pytest", *words],
+                stdout=output,
+                process_group=0 if is_patient else None,
+            )
+
+    def signal(self, number: signal.Signals) -> None:
+        """To a patient lane and whatever it has started, unless it has ended."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def finish(self) -> int:
         """Wait for its end and show what it prints meanwhile; the exit code."""

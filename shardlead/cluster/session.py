@@ -19,7 +19,7 @@ from shardlead.clock import NS_PER_S, Clock, SleepAware
 from shardlead.config import LeaseSettings
 from shardlead.core import lease as lease_rules
 from shardlead.core.keyspace import Keyspace, decode, encode
-from shardlead.core.lease import Active, Lost, Readings, Suspended, Terms
+from shardlead.core.lease import Active, Foreign, Lost, Readings, Suspended, Terms
 from shardlead.core.model import WorkerRecord
 from shardlead.errors import KeyspaceError, LeaseGone, NameTaken, StoreError, StoreReplaced, StoreUnavailable
 from shardlead.store.base import (
@@ -41,7 +41,9 @@ from shardlead.store.base import (
 
 log = logging.getLogger("shardlead.session")
 
-NAME_WAIT_EXTRA_S: Final = 5.0  # a taken name is waited for TTL + this long
+NAME_WAIT_EXTRA_S: Final = 5.0  # a taken name is waited for TTL + this long,
+NAME_WAITS_MAX: Final = 4  # and so often, if nobody seems to renew what it stands on
+NAME_LOOK_SHARE: Final = 0.25  # of the TTL: how often it is looked at
 RETRY_S: Final = 0.1  # first pause after a failed renewal; doubles to RETRY_MAX_S
 RETRY_MAX_S: Final = 1.0
 WATCHMAN_S: Final = 0.5  # how often the clocks are compared with each other
@@ -341,12 +343,16 @@ async def open_session(
 ) -> Session:
     """T0: a fresh lease, and the worker's record on it if its name is free.
 
-    A taken name is waited for (`on_wait` is called once) for TTL + 5 s, then NameTaken is raised. `record.sid` is
-    filled in here. `on_grant` is told each lease before anything stands on it, so that somebody else can revoke it
-    should this process die. Without a record (a lone controller) the session is a lease alone. Raises StoreError.
+    A taken name is waited for (`on_wait` is called once) for TTL + 5 s, then NameTaken is raised, if its holder keeps
+    its lease alive; a dead one's, which the store may have prolonged, is waited for up to four times as long.
+    `record.sid` is filled in here. `on_grant` is told each lease before anything stands on it, so that somebody else
+    can revoke it should this process die. Without a record (a lone controller) the session is a lease alone. Raises
+    StoreError.
     """
-    until_ns = clock.now_ns() + int((settings.ttl_s + NAME_WAIT_EXTRA_S) * NS_PER_S)
+    wait_ns = int((settings.ttl_s + NAME_WAIT_EXTRA_S) * NS_PER_S)
+    until_ns, last_ns = clock.now_ns() + wait_ns, clock.now_ns() + NAME_WAITS_MAX * wait_ns
     is_told = False
+    foreign, foreign_lease = Foreign(), 0
     while True:
         if record is not None:
             taken = await _holder(store, keyspace.worker(name))
@@ -354,9 +360,13 @@ async def open_session(
                 if not is_told:
                     is_told = True
                     on_wait(taken)
-                if clock.now_ns() >= until_ns:
+                if taken.lease != foreign_lease:
+                    foreign, foreign_lease = Foreign(), taken.lease
+                foreign = await _look_at(store, taken, foreign, clock)
+                now_ns = clock.now_ns()
+                if now_ns >= (until_ns if foreign.is_kept_alive or not taken.lease else last_ns):
                     raise _name_taken(name, taken)
-                await _wait_gone(store, taken, (until_ns - clock.now_ns()) / NS_PER_S)
+                await _wait_gone(store, taken, settings.ttl_s * NAME_LOOK_SHARE)
                 continue
         sent_ns = clock.now_ns()
         grant = await store.grant(settings.ttl_s)
@@ -383,8 +393,10 @@ async def open_session(
             await session.close()
             raise
         await session.close()  # so that a late T0 of this lease fails; then begin again
-        if clock.now_ns() >= until_ns:
-            raise StoreUnavailable(f"worker {name!r} could not register within {settings.ttl_s} s")
+        if clock.now_ns() >= last_ns:
+            raise StoreUnavailable(
+                f"worker {name!r} could not register within {NAME_WAITS_MAX * wait_ns // NS_PER_S} s"
+            )
 
 
 async def _register(store: Store, keyspace: Keyspace, session: Session, record: WorkerRecord) -> bool:
@@ -413,6 +425,17 @@ async def _register(store: Store, keyspace: Keyspace, session: Session, record: 
 async def _holder(store: Store, key: bytes) -> KeyValue | None:
     result: RangeResult = await store.read(Range(key))
     return result.kvs[0] if result.kvs else None
+
+
+async def _look_at(store: Store, holder: KeyValue, foreign: Foreign, clock: Clock) -> Foreign:
+    """What is known of its lease by now."""
+    if not holder.lease:
+        return foreign
+    try:
+        keys = await store.lease_keys(holder.lease)
+    except LeaseGone:  # its record goes with it
+        return foreign
+    return foreign.seen(clock.now_ns(), keys.ttl_s)
 
 
 async def _wait_gone(store: Store, holder: KeyValue, timeout_s: float) -> None:

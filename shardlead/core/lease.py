@@ -36,6 +36,31 @@ class Terms:
         return int(ttl_s * NS_PER_S) + self.margin_ns(ttl_s)
 
 
+SEEN_STEP_NS = 1_250_000_000  # stores tell whole seconds: an end that seems later by less may be the same
+RENEWALS_OF_THE_LIVING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Somebody else's lease, looked at now and then: when it ends at the latest, and how often it was prolonged since
+    the first look.
+
+    A store that elects a new leader prolongs every lease once, those of the dead, too; the living go on renewing."""
+
+    ends_ns: int = 0
+    renewals: int = -1
+
+    @property
+    def is_kept_alive(self) -> bool:
+        """Whether somebody renews it."""
+        return self.renewals >= RENEWALS_OF_THE_LIVING
+
+    def seen(self, now_ns: int, left_s: int) -> "Foreign":
+        """The store says now that it has so many (whole) seconds left."""
+        ends_ns = now_ns + (left_s + 1) * NS_PER_S
+        return Foreign(ends_ns, self.renewals + 1) if ends_ns > self.ends_ns + SEEN_STEP_NS else self
+
+
 WALL_JUMP_NS = 250_000_000  # a wall clock that ran ahead by more: this machine may have been held still
 SLEEP_JUMP_NS = 50_000_000  # more suspended time: how long it was, the kernel takes from a clock of whole seconds
 

@@ -71,6 +71,18 @@ def test_a_name_that_stays_taken_is_refused_with_its_holder(on_stage: Play) -> N
     on_stage(scene)
 
 
+def test_a_name_whose_holder_is_dead_is_waited_for_as_long_as_its_lease_lasts(on_stage: Play) -> None:
+    """Longer than TTL + 5 s: nobody renews it, so nobody lives there. Its TTL was another one, or the store has
+    prolonged it."""
+
+    async def scene(stage: Stage) -> None:
+        first = await stage.actor("w1", LeaseSettings(ttl_s=9, renew_interval_s=1.0, margin_s=0.5))  # and never runs
+        actor = await asyncio.wait_for(stage.actor("w1", SHORT), 15)
+        assert actor.session.create_revision > first.session.create_revision
+
+    on_stage(scene)
+
+
 def test_the_guard_is_false_at_once_after_a_pause_and_true_again_only_when_confirmed(on_stage: Play) -> None:
     """A process that was held still for longer than its lease allows: false before any task has run; then a renewal
     and T3, in this order."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlead.core import lease
-from shardlead.core.lease import NS_PER_S, Active, Lost, Readings, State, Suspended, Terms
+from shardlead.core.lease import NS_PER_S, Active, Foreign, Lost, Readings, State, Suspended, Terms
 
 TERMS = Terms(drift=0.01, margin_s=0.5)
 times_ns = st.integers(min_value=0, max_value=10**15)
@@ -136,3 +136,33 @@ def test_no_history_makes_the_guard_true_beyond_what_was_acknowledged(history: l
             assert state.deadline_ns >= before.deadline_ns
         if lease.is_valid(state, now_ns):
             assert now_ns < best_ns
+
+
+@given(
+    ttl_s=st.integers(2, 60),
+    share=st.floats(0.1, 1 / 3),
+    looks=st.lists(st.floats(0.05, 0.25), min_size=1, max_size=60),
+    elections=st.lists(st.floats(0.0, 1.0), max_size=2),
+)
+def test_the_dead_are_told_from_the_living(
+    ttl_s: int, share: float, looks: list[float], elections: list[float]
+) -> None:
+    """Whoever renews at least thrice a TTL is seen to live within TTL + 5 s; a lease that nobody renews never is,
+    though the store prolongs it at two elections."""
+
+    def looked(renewals_s: list[float]) -> Foreign:
+        now_s, foreign = 0.0, Foreign()
+        for pause in [*looks, *[0.25] * 40]:
+            now_s += pause * ttl_s
+            if now_s > ttl_s + 5:
+                break
+            renewed_s = max(each for each in renewals_s if each <= now_s)
+            left_s = renewed_s + ttl_s - now_s
+            if left_s > 0:
+                foreign = foreign.seen(int(now_s * NS_PER_S), int(left_s))
+        return foreign
+
+    assert not looked([0.0, *(each * ttl_s for each in elections)]).is_kept_alive
+    every_s = max(0.2, share * ttl_s)
+    living = looked([number * every_s for number in range(int((ttl_s + 5) / every_s) + 2)])
+    assert living.is_kept_alive or ttl_s + 5 < 5 * max(every_s, 1.25, 0.25 * ttl_s)

@@ -17,7 +17,7 @@ from tests.simulation.scenarios import MISBEHAVIOURS, SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 README = Path(__file__).with_name("README.md")
-ALL_SEEDS_S = 900  # on two cores of their own under 180; others may use them, too
+ALL_SEEDS_S = 1_500  # on two cores of their own under 180; others use them, too, and it is stopped for a while
 pytestmark = pytest.mark.timeout(ALL_SEEDS_S)
 
 

@@ -329,7 +329,12 @@ class Scene:
             raise AssertionError(f"not within {within_s} s; {self.leaders()} {self.words[-20:]}") from None
 
     async def until_serving(self, name: str, *shards: int, within_s: float = 10.0) -> None:
-        await self.until(lambda: self.serve(name, shards), within_s)
+        """Until it serves them, and the scene's own watch, which may lag behind the worker's, has seen it."""
+
+        def is_so() -> bool:
+            return self.serve(name, shards) and all(self.leader(shard) == name for shard in shards)
+
+        await self.until(is_so, within_s)
 
     def key(self, shard: int) -> str:
         """A key of that shard."""
