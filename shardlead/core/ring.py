@@ -120,7 +120,8 @@ def decode_table(raw: bytes, meta: Meta) -> SlotTable:
     table: SlotTable = struct.unpack(f">{meta.slot_count}H", raw)
     if max(table) >= meta.shards:
         raise RingError(f"the stored slot table names shard {max(table)}, meta says there are {meta.shards}")
-    return table
+    numbers = tuple(range(meta.shards))  # one object for each shard instead of one for each slot
+    return tuple([numbers[shard] for shard in table])
 
 
 def table_crc(table: SlotTable) -> int:

@@ -1,0 +1,52 @@
+"""The measurement of routing: it says what it measured, and what does not hold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from loadtest.route import Row, broken
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "loadtest", "route", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_it_measures_every_way_at_every_size(tmp_path: Path) -> None:
+    """A line and a row for each; the exit code is about the promises, which a busy machine may break."""
+    file = tmp_path / "route.json"
+    done = measure("--shards", "4,64", "--rounds", "3", "--json", str(file))
+    assert done.returncode in (0, 1), done.stderr
+    assert (done.returncode == 1) == ("BROKEN" in done.stdout)
+    value = json.loads(file.read_text())
+    ways = [(row["target"], row["shards"], row["key"]) for row in value["rows"]]
+    assert ways == [
+        (target, shards, key)
+        for shards in (4, 64)
+        for target, key in (("shardlead", "str"), ("shardlead", "bytes"), ("uhashring", "str"))
+    ]
+    assert all(row["ns"] > 0 and row["memory_kib"] > 0 for row in value["rows"])
+    assert value["machine"]["python"]
+
+
+def test_a_wrong_command_line_is_told() -> None:
+    """Exit code 2, without a traceback."""
+    for arguments in (("--shards", "0"), ("--shards", "x"), ("--rounds", "0"), ("--json", "/nowhere/at/all")):
+        done = measure("--shards", "4", "--rounds", "1", *arguments)
+        assert done.returncode == 2
+        assert arguments[0].removeprefix("--") in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_broken_promises_are_found() -> None:
+    """Too slow, or not so much faster than the ring as promised at that size."""
+    fine = Row("shardlead", 1_024, "str", 400.0, 390.0, 8.5, 700)
+    slow = Row("shardlead", 10_000, "str", 700.0, 390.0, 8.5, 700)
+    near = Row("shardlead", 64, "str", 400.0, 390.0, 3.9, 700)
+    assert broken([fine]) == []
+    assert [text.partition(":")[0] for text in broken([fine, slow, near])] == ["10000 shards", "64 shards"]
