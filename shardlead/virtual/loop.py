@@ -534,7 +534,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Listens at the machine's own address, whatever `host` says."""
         return self.network.listen(self.current, protocol_factory, port or 0, options.get("start_serving", True))
 
-    async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:  # noqa: ARG002
+    async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        """`sock` may be anything that says by `getpeername` where it would be connected to."""
+        if options.get("sock") is not None:
+            host, port = options["sock"].getpeername()
         return await self.network.connect(self.current, protocol_factory, str(host), int(port))
 
     # --- errors and debugging

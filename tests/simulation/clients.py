@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from shardlead.virtual import VirtualLoop
+import shardlead
+from shardlead.errors import AnswerBroken, OutcomeUnknown, Unserved
+from shardlead.virtual import Machine, VirtualLoop
 
 ANSWER_TIMEOUT_S = 20.0
 NOT_DONE = frozenset({400, 404, 421, 503})
@@ -48,9 +50,10 @@ class Client:
     keys: tuple[str, ...]
     history: list[Operation]
     tell: Callable[[str], object] = lambda _: None
-    pause_s: float = 0.3
+    pause_s: float = 0.36
     has_idempotency_keys: bool = False
     is_over: bool = False
+    machine: Machine | None = None  # where it runs; None: with all the others
     _reader: asyncio.StreamReader | None = None
     _writer: asyncio.StreamWriter | None = None
     done: list[Operation] = field(default_factory=list)
@@ -134,6 +137,33 @@ class Client:
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
+
+
+@dataclass
+class SmartClient(Client):
+    """The same by the smart client, straight to the leaders. `ask` is None while it has no picture of the cluster."""
+
+    ask: Callable[[], shardlead.Client | None] = lambda: None
+
+    async def _exchange(self, operation: Operation) -> tuple[int, bytes]:
+        client = self.ask()
+        if client is None:
+            raise _NotSentError
+        word = operation.word
+        try:
+            async with client.request(
+                "POST" if word else "GET",
+                f"/lists/{operation.key}",
+                key=operation.key,
+                data=word.encode() if word else None,
+                params={"cached": ""} if operation.is_cached else None,
+                headers={"Idempotency-Key": word} if word and self.has_idempotency_keys else None,
+            ) as answer:
+                return answer.status, await answer.read()
+        except Unserved:
+            raise _NotSentError from None
+        except (OutcomeUnknown, AnswerBroken) as exc:
+            raise EOFError from exc
 
 
 class _NotSentError(Exception):

@@ -17,6 +17,7 @@ from shardlead.core.keyspace import encode
 from shardlead.core.model import Eviction, Wish
 from shardlead.errors import ShardleadError
 from shardlead.store.base import Delete, Put, Txn
+from shardlead.virtual import Machine
 from tests.simulation.etcd import LAG_S
 from tests.simulation.processes import RouterProcess, WorkerProcess
 
@@ -69,6 +70,13 @@ class Nemesis:
     def router(self) -> RouterProcess | None:
         free = [each for each in self.world.routers.values() if each.is_alive and each.name not in self.busy]
         return self.rng.choice(free) if free else None
+
+    def caller(self) -> Machine | None:
+        """A router's machine, or now and then the smart client's: who asks workers."""
+        smart, router = self.world.smart, self.router()
+        if smart is not None and self.rng.random() < 0.3:
+            return smart.machine
+        return router.machine if router is not None else None
 
     def seize(self, name: str) -> "_Seized":
         return _Seized(self, name)
@@ -201,25 +209,25 @@ async def kill_router(nemesis: Nemesis) -> None:
 
 
 async def pause_router(nemesis: Nemesis) -> None:
-    router = nemesis.router()
-    if router is None:
+    caller = nemesis.caller()
+    if caller is None or caller.is_paused:
         return
-    with nemesis.seize(router.name):
-        nemesis.say(f"pauses {router.machine.name}")
-        router.machine.pause()
+    with nemesis.seize(caller.name.partition("#")[0]):
+        nemesis.say(f"pauses {caller.name}")
+        caller.pause()
         await nemesis.lasts(0.1, 2.0 * nemesis.world.setup.ttl_s)
-        router.machine.resume()
+        caller.resume()
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
 async def cut_from_routers(nemesis: Nemesis) -> None:
-    """One worker and one router do not reach each other, or only one way."""
-    network, process, router = nemesis.world.loop.network, nemesis.worker(), nemesis.router()
-    if process is None or router is None:
+    """One worker and one router, or the smart client, do not reach each other, or only one way."""
+    network, process, caller = nemesis.world.loop.network, nemesis.worker(), nemesis.caller()
+    if process is None or caller is None:
         return
-    here, there = process.machine.address, router.machine.address
+    here, there = process.machine.address, caller.address
     ways = nemesis.rng.choice((((here, there),), ((there, here),), ((here, there), (there, here))))
     nemesis.say(f"cuts {' and '.join('->'.join(way) for way in ways)}")
     for way in ways:
@@ -230,20 +238,20 @@ async def cut_from_routers(nemesis: Nemesis) -> None:
 
 
 async def reset_connections(nemesis: Nemesis) -> None:
-    network, process, router = nemesis.world.loop.network, nemesis.worker(), nemesis.router()
-    if process is None or router is None:
+    network, process, caller = nemesis.world.loop.network, nemesis.worker(), nemesis.caller()
+    if process is None or caller is None:
         return
-    count = network.reset(process.machine.address, router.machine.address)
-    nemesis.say(f"resets {count} connections of {process.machine.name} and {router.machine.name}")
+    count = network.reset(process.machine.address, caller.address)
+    nemesis.say(f"resets {count} connections of {process.machine.name} and {caller.name}")
 
 
 async def slow_network(nemesis: Nemesis) -> None:
-    """Between one router and one worker everything takes long."""
-    network, process, router = nemesis.world.loop.network, nemesis.worker(), nemesis.router()
-    if process is None or router is None:
+    """Between one router, or the smart client, and one worker everything takes long."""
+    network, process, caller = nemesis.world.loop.network, nemesis.worker(), nemesis.caller()
+    if process is None or caller is None:
         return
-    pairs = [(process.machine.address, router.machine.address), (router.machine.address, process.machine.address)]
-    nemesis.say(f"slows {process.machine.name} and {router.machine.name}")
+    pairs = [(process.machine.address, caller.address), (caller.address, process.machine.address)]
+    nemesis.say(f"slows {process.machine.name} and {caller.name}")
     for pair in pairs:
         network.delays[pair] = (0.05, 0.4)
     await nemesis.lasts(1.0, 6.0)

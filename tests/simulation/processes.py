@@ -14,8 +14,11 @@ from unittest import mock
 
 from prometheus_client import CollectorRegistry
 
+from shardlead.client import Client
+from shardlead.client.call import Call
+from shardlead.client.pool import Pool
 from shardlead.cluster.session import Session
-from shardlead.cluster.traffic import read_hint
+from shardlead.cluster.traffic import Request, Traffic, read_hint
 from shardlead.cluster.view import View
 from shardlead.controller.controller import Controller
 from shardlead.core.keyspace import Keyspace
@@ -327,10 +330,74 @@ class RouterProcess:
                 self.world.witness.router_saw(self.machine.name, change.shard, change.after.epoch)
 
 
+class ClientProcess:
+    """A process of a user's, which asks the leaders itself by the smart client."""
+
+    name = "smart"
+
+    def __init__(self, world: "World", machine: Machine) -> None:
+        self.world = world
+        self.machine = machine
+        self.client: Client | None = None
+        self.rng = random.Random(world.rng.getrandbits(64))
+        self._is_over = asyncio.Event()
+
+    def start(self) -> None:
+        self.machine.spawn(self._main(), self.machine.name)
+
+    def ask(self) -> Client | None:
+        """What to ask by; None while it has no picture of the cluster."""
+        return self.client
+
+    def leave(self) -> None:
+        self.client = None
+        self._is_over.set()
+
+    def leaders(self) -> dict[int, tuple[str, int]]:
+        """shard -> (worker, epoch), as it sees them."""
+        if self.client is None:
+            return {}
+        return {shard: (leader.worker, leader.epoch) for shard, leader in self.client._view.map.leaders()}
+
+    async def _main(self) -> None:
+        world = self.world
+        async with world.store(self.machine) as store:
+            while not self._is_over.is_set():
+                with contextlib.suppress(StoreError):
+                    clock, rng = self.machine.clock, random.Random(self.rng.getrandbits(64))
+                    async with Client(
+                        store, cluster=world.keyspace.cluster, settings=world.settings, clock=clock, rng=rng
+                    ) as client:
+                        client._view.subscribe(self._changed)
+                        self.client = client
+                        await self._is_over.wait()
+
+    def _changed(self, delta: Delta) -> None:
+        for change in delta.leaders:
+            if change.after is not None:
+                self.world.witness.router_saw(self.machine.name, change.shard, change.after.epoch)
+
+
+class _Dialled:
+    """What stands for a socket that aiohttp has connected."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._peer = (host, port)
+
+    def getpeername(self) -> tuple[str, int]:
+        return self._peer
+
+
+async def _dial(addr_infos: Any, **_options: Any) -> _Dialled:
+    """In place of aiohttp's own connecting, which is done with real sockets; the loop does it, then."""
+    host, port = addr_infos[0][4][:2]
+    return _Dialled(host, port)
+
+
 @contextlib.contextmanager
 def noting_sends(world: "World") -> Iterator[None]:
-    """While it lasts, the witness hears of each request that a router sends, with the epoch, and of each larger epoch
-    that a worker's refusal tells a router (I11)."""
+    """While it lasts, the witness hears of each request that a router or smart client sends, with the epoch, and of
+    each larger epoch that a worker's refusal tells them (I11); and aiohttp's client connects by the loop."""
     send = Exchange.connected
 
     def noted(exchange: Exchange, connection: Upstream) -> None:
@@ -338,13 +405,20 @@ def noting_sends(world: "World") -> Iterator[None]:
         if exchange.connection is connection and exchange.leader is not None:
             world.witness.router_sends(world.loop.current.name, exchange.shard, exchange.leader.epoch)
 
-    turned_down = Dispatch.turned_down
+    turned_down = Traffic.turned_down
 
-    def told(dispatch: Dispatch, exchange: Exchange, what: Happened, epoch: int, leader: bytes) -> None:
-        hint = read_hint(leader.decode("latin-1"))
+    def told(traffic: Traffic[Any], request: Request, what: Happened, epoch: int, leader: str) -> None:
+        hint = read_hint(leader)
         router = world.loop.current.name
-        world.witness.router_saw(router, exchange.shard, max(epoch, hint.epoch if hint is not None else 0))
-        turned_down(dispatch, exchange, what, epoch, leader)
+        world.witness.router_saw(router, request.shard, max(epoch, hint.epoch if hint is not None else 0))
+        turned_down(traffic, request, what, epoch, leader)
+
+    exchange_by_client = Pool._exchange
+
+    async def asked(pool: Pool, call: Call, request: Any, connection: Any) -> Any:
+        assert call.leader is not None
+        world.witness.router_sends(world.loop.current.name, call.shard, call.leader.epoch)
+        return await exchange_by_client(pool, call, request, connection)
 
     take_at_once = Dispatch.take_at_once
 
@@ -358,7 +432,9 @@ def noting_sends(world: "World") -> Iterator[None]:
     with (
         mock.patch.object(Exchange, "connected", noted),
         mock.patch.object(Dispatch, "take_at_once", taken),
-        mock.patch.object(Dispatch, "turned_down", told),
+        mock.patch.object(Traffic, "turned_down", told),
+        mock.patch.object(Pool, "_exchange", asked),
+        mock.patch("aiohttp.connector.aiohappyeyeballs.start_connection", _dial),
     ):
         yield
 

@@ -22,8 +22,8 @@ class Scenario:
     sentence: str
     deeds: tuple[str, ...]
     setup: Setup = field(default_factory=Setup)
-    duration_s: float = 8.0
-    mean_pause_s: float = 0.9
+    duration_s: float = 7.0
+    mean_pause_s: float = 0.8
     never_fails: bool = False  # not one request may fail
     heals_late_s: float = 0.0  # what it takes longer than the promise to be whole again, for a stated reason
     deeds_at_once: tuple[int, int] = (2, 5)  # how many kinds of deeds a run knows
@@ -47,7 +47,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         "Moves, drains, rolling restarts, growth, with slow handlers: not one request fails.",
         ("restart", "move", "drain", "cordon", "freeze_moves", "scale_out", "compact"),
         never_fails=True,
-        mean_pause_s=0.75,
+        mean_pause_s=0.65,
     ),
     "crashes": Scenario(
         "Processes are killed, paused, stalled; machines are lost; what is left goes on.",
@@ -102,7 +102,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             idempotent=0.3,
             storage=StorageFaults(slow=0.05, late=0.03, lost=0.01),
         ),
-        mean_pause_s=0.5,
+        mean_pause_s=0.45,
         deeds_at_once=(4, 9),
     ),
 }

@@ -31,10 +31,10 @@ from shardlead.store.embedded import VERSION
 from shardlead.store.mirror import Change, Mirror
 from shardlead.virtual import Machine, VirtualLoop
 from tests.simulation import invariants
-from tests.simulation.clients import ANSWER_TIMEOUT_S, Client, Operation
+from tests.simulation.clients import ANSWER_TIMEOUT_S, Client, Operation, SmartClient
 from tests.simulation.etcd import Etcd
 from tests.simulation.misbehaviour import Misbehaviour
-from tests.simulation.processes import NotingStore, RouterProcess, WorkerProcess
+from tests.simulation.processes import ClientProcess, NotingStore, RouterProcess, WorkerProcess
 from tests.simulation.service import Manners, background_key
 from tests.simulation.storage import Storage, StorageFaults
 from tests.simulation.transport import LinkFaults, SimTransport
@@ -153,6 +153,9 @@ class World:
         self.tamper: Callable[[str, Txn], Txn] = lambda _, txn: txn  # what an ablation does to a process's transactions
         self.client_machine = self.loop.machine("clients")
         self.operator = self.loop.machine("operator")
+        self.smart: ClientProcess | None = None  # the last of the clients has it
+        if setup.clients:
+            self.smart = ClientProcess(self, self.loop.machine("smart", offset_s=self.rng.uniform(10.0, 1e5)))
 
     # --- notes
 
@@ -271,11 +274,14 @@ class World:
             self.start_worker(name)
         for number in range(self.setup.routers):
             self.start_router(f"r{number + 1}")
+        if self.smart is not None:
+            self.smart.start()
         if not await self.until_whole(START_WITHIN_S):
             self.witness.fail("I9", f"not whole {START_WITHIN_S} s after the start: {self.what_is_missing()}")
         self._set_faults(self.setup.storage, self.setup.link)
         for number in range(self.setup.clients):
-            client = Client(
+            smart = self.smart if number == self.setup.clients - 1 else None
+            client = (SmartClient if smart else Client)(
                 self.loop,
                 f"c{number + 1}",
                 random.Random(self.rng.getrandbits(64)),
@@ -285,8 +291,10 @@ class World:
                 lambda text: self.say("client", text),
                 has_idempotency_keys=self.is_idempotent,
             )
+            if smart is not None and isinstance(client, SmartClient):
+                client.ask, client.machine = smart.ask, smart.machine
             self.clients.append(client)
-            self._client_tasks.append(self.client_machine.spawn(client.run(), client.name))
+            self._client_tasks.append((client.machine or self.client_machine).spawn(client.run(), client.name))
 
     def _set_faults(self, storage: StorageFaults, link: LinkFaults) -> None:
         self.storage.faults, self.link = storage, link
@@ -333,6 +341,8 @@ class World:
                     continue
                 if router.leaders().get(shard, ("", 0))[1] != serving[0].lead.epoch:
                     return f"{router.name} does not know the leader of shard {shard}"
+            if self.smart is not None and self.smart.leaders().get(shard, ("", 0))[1] != serving[0].lead.epoch:
+                return f"the smart client does not know the leader of shard {shard}"
         return ""
 
     def brake_s(self) -> float:
@@ -361,11 +371,14 @@ class World:
         await asyncio.wait(self._client_tasks, timeout=2 * ANSWER_TIMEOUT_S)
         for number, key in enumerate(self.keys):
             client = self.clients[number % len(self.clients)]
-            operation = await self.client_machine.spawn(client.act(key, is_read=True))
+            machine = client.machine or self.client_machine
+            operation = await machine.spawn(client.act(key, is_read=True))
             if operation.outcome != "ok":
                 self.witness.fail("I9", f"the last read of {key} failed: {operation}")
         for client in self.clients:
             client.leave()
+        if self.smart is not None:
+            self.smart.leave()
         await self._mirrors_become_current()
         for check in invariants.AT_THE_END:
             check(self.witness)

