@@ -292,5 +292,4 @@ class Pools:
     async def close(self) -> None:
         """End everything, at once and for good."""
         pools, self._pools = self.values(), {}
-        for pool in pools:
-            await pool.close()
+        await asyncio.gather(*(pool.close() for pool in pools))

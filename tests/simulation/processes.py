@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PARENT_NOTICES_S: Final = 0.003
 PARENT_TRIES_S: Final = 5.0
 JOIN_PAUSE_S: Final = 1.0
+CLIENT_ENDS_S: Final = 30.0
 METRICS: Final = WorkerMetrics(CollectorRegistry())  # shared: nobody reads them here, and making them takes long
 CONTROLLER_METRICS: Final = ControllerMetrics(CollectorRegistry())
 
@@ -341,17 +342,21 @@ class ClientProcess:
         self.client: Client | None = None
         self.rng = random.Random(world.rng.getrandbits(64))
         self._is_over = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self.machine.spawn(self._main(), self.machine.name)
+        self._task = self.machine.spawn(self._main(), self.machine.name)
 
     def ask(self) -> Client | None:
         """What to ask by; None while it has no picture of the cluster."""
         return self.client
 
-    def leave(self) -> None:
+    async def leave(self) -> None:
+        """Return when it has ended and closed its connections."""
         self.client = None
         self._is_over.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=CLIENT_ENDS_S)
 
     def leaders(self) -> dict[int, tuple[str, int]]:
         """shard -> (worker, epoch), as it sees them."""

@@ -378,7 +378,7 @@ class World:
         for client in self.clients:
             client.leave()
         if self.smart is not None:
-            self.smart.leave()
+            await self.smart.leave()
         await self._mirrors_become_current()
         for check in invariants.AT_THE_END:
             check(self.witness)
