@@ -21,6 +21,7 @@ from shardlead.router.exchange import ANSWERING, COLLECTING, DONE, SENT, WAITING
 from shardlead.router.express import Express, ExpressDesk
 from shardlead.router.forwarded import Forwarder
 from shardlead.router.intake import Intake, Readings
+from shardlead.router.known import Known, RequestFields
 from shardlead.router.pace import Pace, unsent_bytes
 from shardlead.router.problems import problem_bytes
 
@@ -38,6 +39,8 @@ class Front(Readings, Protocol):
     def counts(self) -> Counts: ...
     @property
     def desk(self) -> ExpressDesk: ...
+    @property
+    def known(self) -> Known[RequestFields]: ...
     @property
     def is_stopping(self) -> bool: ...
     @property

@@ -4,9 +4,9 @@ connection, and is answered whole in one packet. Most requests are such.
 What it never does: hold, send again, stream, or decide. Whatever is out of the ordinary, at any moment, is not its
 business: `expand` makes the exchange that the request would have been, as it stands, and that one goes on.
 
-Law: nothing is left out. The parser has read every byte; fields, framing, host and key are judged by the rules of
-`heads`, `plans` and `core.routing`; what differs is the work. A message leaves on this way only if its framing is one
-plain Content-Length that is true, or none and no body.
+Law: nothing is left out. The parser has read every byte, or the very same fields before (`known`); fields, framing,
+host and key are judged by the rules of `heads`, `plans` and `core.routing`; what differs is the work. A message leaves
+on this way only if its framing is one plain Content-Length that is true, or none and no body.
 """
 
 from typing import Final, Protocol
@@ -19,10 +19,14 @@ from shardlead.errors import RequestError
 from shardlead.router.exchange import SENT, Client, Desk, Exchange
 from shardlead.router.forwarded import Forwarder
 from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
+from shardlead.router.known import Known, RequestFields
 from shardlead.router.plans import Plans, RequestPlan, lines_bytes, without_keep_alive
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
 
+_TARGET: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=:@/?%"
+"""What a target known by its looks may consist of: RFC 3986's characters of paths and queries, and no others."""
+_VISIBLE: Final = bytes(range(0x21, 0x7F))
 _IS_SAFE: Final = {b"GET": True, b"POST": False, b"PUT": False, b"DELETE": False, b"PATCH": False}
 
 
@@ -51,6 +55,8 @@ class ExpressFront(Protocol):
     def plans(self) -> Plans[RequestPlan]: ...
     @property
     def desk(self) -> ExpressDesk: ...
+    @property
+    def known(self) -> Known[RequestFields]: ...
     @property
     def is_stopping(self) -> bool: ...
 
@@ -83,6 +89,7 @@ class Express:
         "_front",
         "_head_bytes_max",
         "_host",
+        "_mark",
         "_sent",
         "_since_ns",
         "connection",
@@ -98,7 +105,8 @@ class Express:
         self._body_bytes_max = min(RESEND_BODY_BYTES_MAX, front.settings.body_bytes_max)
         self._body_bytes = 0  # of the request under way, as the next two
         self._since_ns = 0
-        self._sent: tuple[bytes, bytes, Fields, bytes, bytes, int, Leader, Pool, int]
+        self._mark = b""  # what stands before the value of the key's field, as this client spells it
+        self._sent: tuple[bytes, bytes, RequestFields, bytes, bytes, bytes, int, Leader, Pool, int]
 
     def __repr__(self) -> str:
         return f"<Express {'idle' if self.connection is None else f'waits for {self.connection!r}'}>"
@@ -109,66 +117,111 @@ class Express:
         self, data: bytes, method: bytes, target: bytes, fields: Fields, plan: RequestPlan, body_bytes: int
     ) -> bool:
         """Send the request that is this packet; False: it must go the long way, and nothing has happened."""
-        front = self._front
-        is_safe = _IS_SAFE.get(method)
         end = data.find(b"\r\n\r\n")
         line = len(method) + len(target) + 1  # where the request line's " HTTP/1.1" begins
         seen = dict(fields)
         if (
-            is_safe is None
-            or end + 4 + body_bytes != len(data)
-            or end > self._head_bytes_max
+            end + 4 + body_bytes != len(data)
             or data[line : line + 11] != b" HTTP/1.1\r\n"
-            or target[0] != 47  # "/"
-            or b"#" in target
             or end - line - 9 != lines_bytes(seen)  # 9: " HTTP/1.1"
         ):
             return False
-        host = seen[plan.host]
-        if host != self._host and not self._learn_host(host):
+        if not is_host(seen[plan.host]):
             return False
         if plan.length:
-            if seen[plan.length] != b"%d" % body_bytes or body_bytes > self._body_bytes_max:
+            if seen[plan.length] != b"%d" % body_bytes:
                 return False
         elif body_bytes:
             return False
+        said = lines = data[line + 9 : end]
+        if plan.connection:
+            lines = without_keep_alive(said + b"\r\n", plan.connection, seen[plan.connection])[:-2]
+            if not lines:
+                return False
+        if plan.request_id and not is_request_id(seen[plan.request_id]):
+            return False
+        mark = b"\r\n%b: " % plan.key if plan.key else b""
+        value = seen[plan.key] if plan.key else b""
+        first, rest = _cut(lines, mark, value)
+        key_at = [name for name, _ in fields].index(plan.key) if plan.key else -1
+        known = RequestFields(fields, key_at, body_bytes, first, rest, seen[plan.host], bool(plan.request_id))
+        if not self._go(data, method, target, known, value, end):
+            return False
+        if not value.translate(None, _VISIBLE):
+            self._mark = mark
+            self._front.known.keep(b"".join(_cut(said, mark, value)), known)
+        return True
+
+    def send_known(self, data: bytes) -> bool:
+        """Send the request that is this packet if its fields have come before, byte by byte but for the key's value;
+        False: nothing has happened. What is new is read here, and must be such that it can be read in one way only."""
+        line = data.find(b"\r\n")
+        end = data.find(b"\r\n\r\n", line)
+        mark = self._mark
+        at = data.find(mark, line, end) if mark else -1
+        if at < 0:
+            value = b""
+            known = self._front.known.get(data[line:end])
+        else:
+            at += len(mark)
+            behind = data.find(b"\r\n", at)
+            value = data[at:behind]
+            known = self._front.known.get(data[line:at] + data[behind:end])
+        if (
+            known is None
+            or end < 0
+            or end + 4 + known.length != len(data)
+            or (known.key_at >= 0) != bool(value)
+            or value.translate(None, _VISIBLE)
+        ):
+            return False
+        parts = data[:line].split(b" ")
+        if len(parts) != 3 or parts[2] != b"HTTP/1.1" or parts[1].translate(None, _TARGET):
+            return False
+        return self._go(data, parts[0], parts[1], known, value, end)
+
+    def _go(self, data: bytes, method: bytes, target: bytes, known: RequestFields, value: bytes, end: int) -> bool:
+        """Send it, if nothing about it or at this moment is out of the ordinary. `value`: its key's field's."""
+        front = self._front
+        is_safe = _IS_SAFE.get(method)
+        body_bytes = known.length
+        if (
+            is_safe is None
+            or end > self._head_bytes_max
+            or body_bytes > self._body_bytes_max
+            or target[:1] != b"/"
+            or b"#" in target
+        ):
+            return False
         try:
-            key = front.rules.find(target, (seen[plan.key],) if plan.key else ())
+            key = front.rules.find(target, (value,) if known.key_at >= 0 else ())
         except RequestError:
             return False
         if key is None:
-            return False
-        head = data[: end + 2]
-        if plan.connection:
-            head = without_keep_alive(head, plan.connection, seen[plan.connection])
-            if not head:
-                return False
-        if plan.request_id and not is_request_id(seen[plan.request_id]):
             return False
         desk = front.desk
         taken = desk.take_at_once(key, is_safe=is_safe, size=body_bytes)
         if taken is None:
             return False
         connection, pool, leader, shard = taken
+        if known.host != self._host:
+            self._host = known.host
+            self._forwarded = self._client.forwarder.write(known.host, None)
         self._since_ns = front.now_ns()
         self._body_bytes = body_bytes
         body = data[end + 4 :] if body_bytes else b""
         number = front.next_number()
-        self._sent = method, target, fields, body, key, shard, leader, pool, number
-        request_id = b"" if plan.request_id else b"X-Request-Id: %b%x\r\n" % (desk.id_prefix, number)
+        self._sent = method, target, known, value, body, key, shard, leader, pool, number
+        request_id = b"" if known.has_request_id else b"X-Request-Id: %b%x\r\n" % (desk.id_prefix, number)
         self.connection = connection
         connection.taker = connection.quick = self
         connection.write(
-            b"%b%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
-            % (head, self._forwarded, request_id, shard, encode_key(key), leader.epoch, body)
+            b"%b %b HTTP/1.1%b%b%b\r\n%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
+            % (
+                *(method, target, known.first, value, known.rest, self._forwarded, request_id),
+                *(shard, encode_key(key), leader.epoch, body),
+            )
         )
-        return True
-
-    def _learn_host(self, host: bytes) -> bool:
-        if not is_host(host):
-            return False
-        self._host = host
-        self._forwarded = self._client.forwarder.write(host, None)
         return True
 
     # --- the worker's side
@@ -192,7 +245,11 @@ class Express:
         connection = self.connection
         assert connection is not None, "no request is under way"
         front, client = self._front, self._client
-        method, target, fields, body, key, shard, leader, pool, number = self._sent
+        method, target, known, value, body, key, shard, leader, pool, number = self._sent
+        fields = known.fields
+        if known.key_at >= 0:
+            fields = [*fields]
+            fields[known.key_at] = (fields[known.key_at][0], value)
         head = read_request(method, target, "1.1", fields, front.kinds, client.forwarder)
         exchange = Exchange(front.desk, client, head, number, self._since_ns)
         exchange.key = key
@@ -253,3 +310,11 @@ class Express:
 
     def upstream_drained(self) -> None:
         self.expand().upstream_drained()
+
+
+def _cut(lines: bytes, mark: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """The lines up to the value behind the mark, and behind it; all of them and nothing without a mark."""
+    if not mark:
+        return lines, b""
+    at = lines.index(mark) + len(mark)
+    return lines[:at], lines[at + len(value) :]

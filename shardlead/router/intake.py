@@ -122,6 +122,8 @@ class Intake:
         if self._filling is not None:
             self._bare_bytes += len(data)
         elif express is not None:
+            if not self.is_in_head and express.send_known(data):
+                return
             self._may_be_lazy = not self.is_in_head
         try:
             self._parser.feed_data(data)

@@ -22,6 +22,7 @@ from shardlead.config import RouterSettings, split_address
 from shardlead.core.shardmap import ShardMap
 from shardlead.router.counts import Counts
 from shardlead.router.heads import Kinds, answer_kinds
+from shardlead.router.known import AnswerLooks, Known
 from shardlead.router.plans import AnswerPlan, Plans, answer_plans
 from shardlead.router.upstream import Taker, Upstream
 from shardlead.tls import WorkerTls
@@ -44,6 +45,7 @@ class Pool:
         connect_timeout_s: float,
         kinds: Kinds,
         plans: Plans[AnswerPlan],
+        known: Known[AnswerLooks],
         counts: Counts,
         tasks: asyncio.TaskGroup,
         tls: WorkerTls | None = None,
@@ -64,6 +66,7 @@ class Pool:
         self._connect_timeout_s = connect_timeout_s
         self._kinds = kinds
         self._plans = plans
+        self._known = known
         self._counts = counts
         self._tasks = tasks
         self._endpoint = split_address(address)  # None: a worker's record may say anything
@@ -228,7 +231,7 @@ class Pool:
             if self._endpoint is None:
                 raise ValueError(f"not an address: {self.address}")
             async with asyncio.timeout(self._connect_timeout_s):
-                create = partial(Upstream, self, self._kinds, self._plans)
+                create = partial(Upstream, self, self._kinds, self._plans, self._known)
                 if self._tls is None:
                     _, connection = await loop.create_connection(create, *self._endpoint)
                 else:
@@ -257,6 +260,7 @@ class Pools:
         self._tasks = tasks
         self._kinds = answer_kinds()
         self._plans = answer_plans(self._kinds)
+        self._known: Known[AnswerLooks] = Known()
         self._pools: dict[tuple[str, str], Pool] = {}
         self.find: Callable[[tuple[str, str]], Pool | None] = self._pools.get
         """The pool of a worker and its address, if there is one."""
@@ -276,6 +280,7 @@ class Pools:
                 connect_timeout_s=self._settings.connect_timeout_s,
                 kinds=self._kinds,
                 plans=self._plans,
+                known=self._known,
                 counts=self._counts,
                 tasks=self._tasks,
                 tls=self._tls,

@@ -25,6 +25,7 @@ from shardlead.router.dispatch import Dispatch
 from shardlead.router.downstream import Downstream
 from shardlead.router.exchange import Exchange
 from shardlead.router.heads import request_kinds
+from shardlead.router.known import Known, RequestFields
 from shardlead.router.plans import request_plans
 from shardlead.tls import WorkerTls, towards_clients, towards_workers
 
@@ -57,6 +58,7 @@ class Router:
         self.rules = KeyRules.parse(settings.key_rules)
         self.kinds = request_kinds(self.rules.headers)
         self.plans = request_plans(self.kinds, settings.headers_max)
+        self.known: Known[RequestFields] = Known()
         self.is_stopping = False
         self.now_ns: Callable[[], int] = clock.now_ns
         self.now_s = clock.now_ns() / NS_PER_S

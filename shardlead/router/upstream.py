@@ -18,6 +18,7 @@ import httptools
 from shardlead.core.contract import Problem
 from shardlead.errors import RequestError
 from shardlead.router.heads import AnswerHead, Fields, Kinds, read_answer
+from shardlead.router.known import AnswerLooks, Known
 from shardlead.router.plans import AnswerPlan, Plans, is_whole_answer, without_keep_alive
 
 log = logging.getLogger("shardlead.router")
@@ -117,6 +118,7 @@ class Upstream(asyncio.Protocol):
         "_is_skipping",
         "_is_tunnel",
         "_kinds",
+        "_known",
         "_lazy_body",
         "_parser",
         "_phrase",
@@ -134,10 +136,11 @@ class Upstream(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, pool: Home, kinds: Kinds, plans: Plans[AnswerPlan]) -> None:
+    def __init__(self, pool: Home, kinds: Kinds, plans: Plans[AnswerPlan], known: Known[AnswerLooks]) -> None:
         self.pool = pool
         self._kinds = kinds
         self._plans = plans
+        self._known = known
         self.taker: Taker | None = None
         self.quick: Quick | None = None  # the taker, if its request is an ordinary one
         self.transport: asyncio.Transport | None = None
@@ -181,6 +184,9 @@ class Upstream(asyncio.Protocol):
             return
         if self.taker is None and not self._is_skipping:
             self.abort()  # a worker that speaks without being asked
+            return
+        quick = self.quick
+        if quick is not None and not self._bare_bytes and self._is_known(data, quick):
             return
         self._bare_bytes += len(data)
         try:
@@ -296,6 +302,18 @@ class Upstream(asyncio.Protocol):
         elif head.status != 101 and self.taker is not None:
             self.taker.informed(head, self._phrase)
 
+    def _is_known(self, data: bytes, quick: Quick) -> bool:
+        """Whether this packet, the first of an ordinary request's answer, is one whose head has come before, byte by
+        byte; then it is passed on as it is."""
+        end = data.find(b"\r\n\r\n")
+        looks = self._known.get(data[:end])
+        if looks is None or end < 0 or end + 4 + looks.length != len(data) or quick.is_over_soon:
+            return False
+        self.taker = self.quick = None
+        self.pool.give_back(self)
+        quick.answered(data if len(looks.head) == end else looks.head + data[end:])
+        return True
+
     def _answer_whole(self, data: bytes) -> bool:
         """An ordinary request's answer has come in one packet: pass it on as it is, if it is an ordinary one, too."""
         quick = self.quick
@@ -313,10 +331,15 @@ class Upstream(asyncio.Protocol):
             or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)
         ):
             return False
+        end = data.find(b"\r\n\r\n")
+        said = data[:end]
+        head = said
         if plan.connection:
-            data = without_keep_alive(data, plan.connection, fields[plan.connection])
-            if not data:
+            head = without_keep_alive(said + b"\r\n", plan.connection, fields[plan.connection])[:-2]
+            if not head:
                 return False
+            data = head + data[end:]
+        self._known.keep(said, AnswerLooks(head, body_bytes))
         self._is_done = self._is_lazy = False
         self._bare_bytes = 0
         if body:

@@ -23,6 +23,7 @@ from shardlead.router.counts import Counts
 from shardlead.router.downstream import Downstream
 from shardlead.router.exchange import Exchange
 from shardlead.router.heads import answer_kinds, request_kinds
+from shardlead.router.known import AnswerLooks, Known, RequestFields
 from shardlead.router.plans import answer_plans, request_plans
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Taker, Upstream
@@ -192,6 +193,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.script: bytes | None = None
+        self.known: Known[AnswerLooks] = Known()
         self.idle: list[Upstream] = []
         self.busy: set[Upstream] = set()
         self.ends: dict[Upstream, tuple[Wire, Worker]] = {}
@@ -206,7 +208,7 @@ class Workers:
         if self.idle:
             connection = self.idle.pop()
         else:
-            connection = Upstream(self, KINDS, PLANS)
+            connection = Upstream(self, KINDS, PLANS, self.known)
             self.ends[connection] = (Wire(), Worker(self.script, self.requests))
             connection.connection_made(self.ends[connection][0])
         self.busy.add(connection)
@@ -312,6 +314,7 @@ class Front:
 
     def __init__(self) -> None:
         self.workers = Workers()
+        self.known: Known[RequestFields] = Known()
         self.desk = Desk(self.workers)
         self.counts = Counts()
         self.number = 0
