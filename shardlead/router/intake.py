@@ -364,8 +364,8 @@ class Intake:
         elif broken.state == COLLECTING:
             if broken in self.came:
                 self.came.remove(broken)
+            self.error = broken.error or error  # what was wrong first, however the packets fell
             broken.client_left()
-            self.error = error
         else:
             broken.refuse_body(error)
 

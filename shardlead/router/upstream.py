@@ -285,6 +285,8 @@ class Upstream(asyncio.Protocol):
         if self._is_done:
             raise RequestError(Problem.UPSTREAM_FAILED, "a body where there is none")
         self._bare_bytes = 0
+        if self._head is not None and self._head.status < 200:  # the parser knows 100 to 103 alone to have none
+            raise RequestError(Problem.UPSTREAM_FAILED, "an interim answer with a body")
         if self._is_lazy:
             self._lazy_body.append(data)
         elif self.taker is not None:

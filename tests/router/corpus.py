@@ -615,6 +615,8 @@ ANSWERS: Final[dict[str, tuple[bytes, Outcome]]] = {
     "304 with a length": (said(TWO, b"", line=b"HTTP/1.1 304 No\r\n"), Passed(304, b"")),
     "103, then 200": (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + said(TWO), Passed()),
     "103 with a length": (b"HTTP/1.1 103 Early\r\n" + TWO + b"\r\n" + said(TWO), Passed()),
+    "199 with a body": (b"HTTP/1.1 199 No\r\n" + TWO + b"\r\nok" + said(TWO), FAILED),
+    "199 with chunks": (b"HTTP/1.1 199 No\r\n" + TE + b"\r\n" + TWO_CHUNKS + said(TWO), FAILED),
     "two answers": (said(TWO) + said(TWO, b"no"), Passed()),
     "an answer and more": (said(TWO) + b"more", Passed()),
     "Connection names the length": (said(TWO + b"Connection: Content-Length\r\n"), Passed()),

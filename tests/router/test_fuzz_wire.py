@@ -675,6 +675,17 @@ def test_bent_answers_get_the_same_verdict_however_they_are_cut(
     assert whole[1] or not has_end or whole[0][2], "the worker has left, and its request has not ended"
 
 
+def test_two_things_wrong_with_a_request_and_the_first_is_told() -> None:
+    """Its target, and then its body's framing: in one packet or byte by byte."""
+    stream = (
+        b"PUT /?key=%/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n\r\n5\r\nhello\r\n1;x=y\r\n!\r\n"
+    )
+    whole, pieces = told([stream]), told([stream[at : at + 1] for at in range(len(stream))])
+    assert whole == pieces
+    assert whole.answers.startswith(b"HTTP/1.1 400 ")
+    assert b"percent sign" in whole.answers
+
+
 @pytest.mark.parametrize("status", [b"000", b"001", b"099"])
 def test_a_status_below_100_is_none(status: bytes) -> None:
     """It would be taken for an interim answer, and the client for one that still waits."""
