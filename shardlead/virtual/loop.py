@@ -202,6 +202,8 @@ class Machine:
 
     def freeze(self) -> None:
         """Run nothing, and let the clock stand, until `thaw`."""
+        if self._loop.is_abandoned:
+            return
         if not self._frozen:
             self._base_local_ns = self.now_ns()
         self._frozen += 1
@@ -217,7 +219,7 @@ class Machine:
 
     def crash(self, *, with_machine: bool = False) -> None:
         """The process is gone (SIGKILL); its peers' connections are reset. With the machine, they hear nothing."""
-        if self.is_crashed:
+        if self.is_crashed or self._loop.is_abandoned:
             return
         self.is_crashed = True
         self._judge()
@@ -235,7 +237,7 @@ class Machine:
         self._wake()
 
     def _judge(self) -> None:
-        self.runs = not (self._pauses or self._frozen or self.is_crashed)
+        self.runs = self._loop.is_abandoned or not (self._pauses or self._frozen or self.is_crashed)
 
     def _wake(self) -> None:
         if not self.runs:
@@ -300,6 +302,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._turns: list[Machine] = []  # those with something ready, each once
         self._machines: list[Machine] = []
         self._is_running = self._is_closed = self._is_stopping = False
+        self.is_abandoned = False  # what befalls machines means nothing any more
         self.steps_max = 0  # if set, more are too many: something goes round and round without time going on
         self.observer = self.machine("observer")
 
@@ -333,6 +336,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """End a run: cancel every task, those of paused, frozen and crashed machines too, let them come to their end,
         and close the loop. What the machines do meanwhile means nothing."""
         self.steps_max = 0
+        self.is_abandoned = True
         for machine in self._machines:
             machine.on_step = None
             machine.revive()

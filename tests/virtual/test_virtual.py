@@ -214,3 +214,27 @@ def test_callbacks_of_one_machine_keep_their_order_and_late_timers_may_come_afte
 
     orders = {play(seed, order) for seed in range(20)}
     assert orders == {("timer", "first", "second"), ("first", "second", "timer")}
+
+
+def test_whoever_kills_or_pauses_a_process_while_the_run_ends_keeps_nobody_from_ending() -> None:
+    """What the end of one task does to its machine means nothing to the others, which all come to their end."""
+    loop, ended = VirtualLoop(1), []
+
+    async def act() -> None:
+        machine = loop.machine("m")
+
+        async def end(name: str, then: Callable[[], object]) -> None:
+            try:
+                await asyncio.sleep(3_600)
+            finally:
+                then()
+                await asyncio.sleep(1)
+                ended.append(name)
+
+        for name, then in (("a", machine.crash), ("b", machine.pause), ("c", machine.freeze), ("d", lambda: None)):
+            machine.spawn(end(name, then), name)
+        await asyncio.sleep(1)
+
+    loop.run_until_complete(act())
+    loop.abandon()
+    assert sorted(ended) == ["a", "b", "c", "d"]
