@@ -15,13 +15,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import orjson
-
-from loadtest import machine, peers, wrk
+from loadtest import figures, machine, peers, wrk
 from loadtest.processes import LOOPBACK, cores, cpu_time, free_ports, pin, started
 from shardlead.errors import CommandError, ShardleadError
 from shardlead.testing import LocalCluster
@@ -67,30 +65,24 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, measure, print; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m loadtest cost", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small GETs at 32 connections alone, under 50 s")
-    parser.add_argument("--rounds", type=int, default=0, help=f"how many ({ROUNDS}; quick: {QUICK_ROUNDS})")
+    parser.add_argument("--rounds", type=figures.count, help=f"how many ({ROUNDS}; quick: {QUICK_ROUNDS})")
+    parser.add_argument("--round-s", type=figures.seconds, help=f"seconds each ({ROUND_S:g}; quick: {QUICK_ROUND_S:g})")
     parser.add_argument(
-        "--round-s", type=float, default=0.0, help=f"seconds each ({ROUND_S:g}; quick: {QUICK_ROUND_S:g})"
+        "--targets", type=figures.names(TARGETS), default=list(TARGETS), help="which, with commas between"
     )
-    parser.add_argument("--targets", default=",".join(TARGETS), help="which, with commas between")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=figures.file, metavar="FILE", help="write the figures here, too")
     asked = parser.parse_args(arguments)
-    targets = asked.targets.split(",")
-    if unknown := [name for name in targets if name not in TARGETS]:
-        parser.error(f"--targets: {', '.join(unknown)} is unknown; there are {', '.join(TARGETS)}")
     shapes = [(0, 32)] if asked.quick else [(size, count) for size in peers.SIZES for count in CONNECTIONS]
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else ROUNDS)
     round_s = asked.round_s or (QUICK_ROUND_S if asked.quick else ROUND_S)
     try:
-        rows = asyncio.run(measure(targets, shapes, rounds, round_s, say=lambda text: print(text, flush=True)))
+        rows = asyncio.run(measure(asked.targets, shapes, rounds, round_s, say=lambda text: print(text, flush=True)))
     except KeyboardInterrupt:
         return 130
     except ShardleadError as exc:
         print(f"loadtest cost: {exc}", file=sys.stderr)
         return 1
-    if asked.json is not None:
-        found = {"machine": machine.describe(), "rows": [asdict(row) for row in rows]}
-        asked.json.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
-    return 0
+    return 0 if figures.write(asked.json, rows) else 2
 
 
 async def measure(

@@ -71,7 +71,7 @@ class Generators:
     async def __aenter__(self) -> Self:
         try:
             await self._start()
-        except BaseException:
+        except BaseException:  # cancelled, too: without __aenter__ nobody calls __aexit__, and processes run by now
             await self._end()
             raise
         return self

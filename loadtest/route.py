@@ -11,19 +11,18 @@ router.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 from uhashring import HashRing
 
-from loadtest.machine import describe, describe_line
+from loadtest import figures
+from loadtest.machine import describe_line
 from shardlead.core.keyspace import Keyspace, encode
 from shardlead.core.model import SHARDS_MAX, LeaderRecord, Meta, WorkerRecord
 from shardlead.core.ring import build_table, encode_table, slot_count_for, table_crc
@@ -163,21 +162,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--shards", type=_sizes, default=list(SHARDS), metavar="N,N", help="sizes (default 64,1024,10000)"
     )
-    parser.add_argument("--rounds", type=int, default=25, help="of each way (default 25)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--rounds", type=figures.count, default=25, help="of each way (default 25)")
+    parser.add_argument("--json", type=figures.file, metavar="FILE", help="write the figures here, too")
     options = parser.parse_args(arguments)
-    if not 1 <= options.rounds <= 10_000:
-        parser.error(f"argument --rounds: {options.rounds} is not within 1 to 10,000")
     print(describe_line())
     rows = [row for shards in options.shards for row in compare(shards, options.rounds)]
     print(report(rows))
-    if options.json is not None:
-        value = {"machine": describe(), "rows": [asdict(row) for row in rows]}
-        try:
-            options.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        except OSError as exc:
-            print(f"loadtest: --json {options.json}: {exc.strerror}", file=sys.stderr)
-            return 2
+    if not figures.write(options.json, rows):
+        return 2
     faults = broken(rows)
     for fault in faults:
         print(f"BROKEN: {fault}")

@@ -82,7 +82,7 @@ class Stage:
         try:
             async with asyncio.timeout(DO_TIMEOUT_S):
                 code = await process.wait()
-        except BaseException:
+        except BaseException:  # cancelled, too: the command must not outlive the run that it was made for
             process.kill()
             await process.wait()
             raise

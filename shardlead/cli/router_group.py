@@ -75,7 +75,7 @@ class Member:
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,  # a Ctrl-C is for the parent, which passes it on once
                 )
-            except BaseException:
+            except BaseException:  # cancelled, too: no process was started, so nobody else has this end
                 ours.close()
                 raise
         self._reader, self._writer = await asyncio.open_connection(sock=ours)

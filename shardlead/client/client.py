@@ -154,7 +154,7 @@ class Client:
         self._task = loop.create_task(self._live(), name=f"client of {self._cluster}")
         try:
             await self._view.wait_ready(READY_TIMEOUT_S)
-        except BaseException:
+        except BaseException:  # cancelled, too: without __aenter__ nobody calls __aexit__, and a task runs by now
             await self.close()
             raise
         return self
@@ -299,7 +299,7 @@ class Client:
                 response = await self._send(call, decision, path, params, fields)
                 if response is not None:
                     return Answer(call, response, self._clock)
-        except BaseException:
+        except BaseException:  # cancelled, too: its caller has gone, and it would hold its place and its connection
             self._traffic.withdraw(call)
             self._end(call)
             raise
@@ -346,7 +346,7 @@ class Client:
         try:
             while not call.has_place and call.state == WAITING:
                 await call.woken()
-        except BaseException:
+        except BaseException:  # cancelled, too: a place given to nobody would be lost to the pool
             if call.queued_ns:
                 pool.withdraw(call)
             pool.give_back(call)

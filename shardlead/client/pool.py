@@ -157,10 +157,10 @@ class Pool:
                     return await self._exchange(call, request, connection)
                 except Stale:
                     connection.close()  # each time there is one less of these
-                except BaseException:
+                except BaseException:  # cancelled, too: part of the request may be on it
                     connection.close()
                     raise
-        except BaseException:
+        except BaseException:  # cancelled, too: a place that nobody gives back is lost to the pool
             self.give_back(call)
             raise
 
@@ -193,7 +193,7 @@ class Pool:
                 transport.write(call.body.kept)
             try:
                 return await response.start(connection)
-            except BaseException:
+            except BaseException:  # cancelled, too: its answer may still come on this connection
                 response.close()
                 raise
         except (ValueError, TypeError) as exc:

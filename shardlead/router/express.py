@@ -25,7 +25,8 @@ from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
 
 _TARGET: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=:@/?%"
-"""What a target known by its looks may consist of: RFC 3986's characters of paths and queries, and no others."""
+"""What a target known by its looks may consist of, and the key's value beside it: RFC 3986's characters of paths and
+queries, and no others."""
 _VISIBLE: Final = bytes(range(0x21, 0x7F))
 _IS_SAFE: Final = {b"GET": True, b"POST": False, b"PUT": False, b"DELETE": False, b"PATCH": False}
 
@@ -155,8 +156,10 @@ class Express:
     def send_known(self, data: bytes) -> bool:
         """Send the request that is this packet if its fields have come before, byte by byte but for the key's value;
         False: nothing has happened. What is new is read here, and must be such that it can be read in one way only."""
-        line = data.find(b"\r\n")
-        end = data.find(b"\r\n\r\n", line)
+        # Lines known begin with a line end and have no empty one among them, so that these need not be looked for
+        # here: a wrong guess at where they begin and end finds nothing.
+        line = data.find(b"\n") - 1
+        end = len(data) - 4 if data.endswith(b"\r\n\r\n") else data.find(b"\r\n\r\n")
         mark = self._mark
         at = data.find(mark, line, end) if mark else -1
         if at < 0:
@@ -164,21 +167,18 @@ class Express:
             known = self._front.known.get(data[line:end])
         else:
             at += len(mark)
-            behind = data.find(b"\r\n", at)
+            behind = data.find(b"\n", at) - 1
             value = data[at:behind]
             known = self._front.known.get(data[line:at] + data[behind:end])
-        if (
-            known is None
-            or end < 0
-            or end + 4 + known.length != len(data)
-            or (known.key_at >= 0) != bool(value)
-            or value.translate(None, _VISIBLE)
-        ):
+        if known is None or end < 0 or end + 4 + known.length != len(data) or (known.key_at >= 0) != bool(value):
             return False
-        parts = data[:line].split(b" ")
-        if len(parts) != 3 or parts[2] != b"HTTP/1.1" or parts[1].translate(None, _TARGET):
+        method, _, target = data[:line].partition(b" ")
+        if target[-9:] != b" HTTP/1.1":
             return False
-        return self._go(data, parts[0], parts[1], known, value, end)
+        target = target[:-9]
+        if (target + value).translate(None, _TARGET):
+            return False
+        return self._go(data, method, target, known, value, end)
 
     def _go(self, data: bytes, method: bytes, target: bytes, known: RequestFields, value: bytes, end: int) -> bool:
         """Send it, if nothing about it or at this moment is out of the ordinary. `value`: its key's field's."""

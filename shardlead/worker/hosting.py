@@ -102,7 +102,7 @@ class HostedApplication:
         self._runner = web.AppRunner(app)
         try:
             await self._runner.setup()
-        except BaseException:
+        except BaseException:  # cancelled, too: without __aenter__ nobody calls __aexit__, and hooks have begun
             await self._runner.cleanup()
             raise
         server = self._runner.server

@@ -34,7 +34,7 @@ def embedded_server(data: Path | None = None) -> Iterator[str]:
     def run() -> None:
         try:
             loop.run_until_complete(main())
-        except BaseException as exc:
+        except BaseException as exc:  # whatever it is, it belongs to the thread that waits for `ready`
             if ready.done():
                 raise
             ready.set_exception(exc)

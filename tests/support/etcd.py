@@ -321,7 +321,7 @@ def etcd_server(
                 if attempt == PORT_TRIES_MAX or "address already in use" not in str(exc):
                     raise
                 continue
-            except BaseException:
+            except BaseException:  # Ctrl-C, too: members run by now
                 cluster.stop()
                 raise
             try:

@@ -72,7 +72,7 @@ class Store:
         await self.peers.open()
         try:
             etcd = await asyncio.to_thread(self._start)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: without __aenter__ nobody calls __aexit__
             await self.peers.close()
             raise
         self.members = Members(etcd, has_auth=self.plan.case == "auth")
@@ -156,7 +156,7 @@ class Fleet:
     async def __aenter__(self) -> Self:
         try:
             await self._begin()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: processes run by now
             await self._exit.aclose()
             raise
         return self

@@ -1,4 +1,4 @@
-"""The measurement of routing: it says what it measured, and what does not hold."""
+"""The measurements without scenarios: they say what they measured, and what does not hold."""
 
 import json
 import subprocess
@@ -10,9 +10,9 @@ from loadtest.route import Row, broken
 ROOT = Path(__file__).parents[2]
 
 
-def measure(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def measure(*arguments: str, what: str = "route") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "loadtest", "route", *arguments],
+        [sys.executable, "-m", "loadtest", what, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -36,11 +36,39 @@ def test_it_measures_every_way_at_every_size(tmp_path: Path) -> None:
 
 def test_a_wrong_command_line_is_told() -> None:
     """Exit code 2, without a traceback."""
-    for arguments in (("--shards", "0"), ("--shards", "x"), ("--rounds", "0"), ("--json", "/nowhere/at/all")):
-        done = measure("--shards", "4", "--rounds", "1", *arguments)
+    for what, *arguments in (
+        ("route", "--shards", "0"),
+        ("route", "--shards", "x"),
+        ("route", "--rounds", "0"),
+        ("route", "--json", "/nowhere/at/all"),
+        ("client", "--connections", "0"),
+        ("client", "--seconds", "nan"),
+        ("client", "--targets", "aiohttp,squid"),
+        ("cost", "--rounds", "-1"),
+        ("cost", "--json", "/"),
+    ):
+        done = measure(*arguments, what=what)
         assert done.returncode == 2
         assert arguments[0].removeprefix("--") in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_smart_client_is_held_against_others(tmp_path: Path) -> None:
+    """A row for each way and kind of request; the smart client's own ratio is 1."""
+    file = tmp_path / "client.json"
+    done = measure(
+        *("--targets", "aiohttp", "--seconds", "0.05", "--rounds", "1", "--connections", "2", "--json", str(file)),
+        what="client",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["method"], row["body_bytes"], row["target"]) for row in rows] == [
+        (method, size, target)
+        for method, size in (("GET", 0), ("POST", 0), ("POST", 1_024))
+        for target in ("client", "aiohttp")
+    ]
+    assert all(row["rps"] > 0 and row["requests_per_cpu_s"] > 0 for row in rows)
+    assert all(row["ratio_rps"] == row["ratio_cpu"] == 1 for row in rows if row["target"] == "client")
 
 
 def test_broken_promises_are_found() -> None:
