@@ -128,6 +128,7 @@ class Downstream(asyncio.Protocol):
             and not self._lingers_s
             and not self._intake.came
             and self._front.access is None  # which asks more about a request than the short way keeps
+            and not self._front.is_stopping  # which the answer has to tell
         ):
             self._intake.feed(data, express)
             if express.connection is not None:
@@ -137,9 +138,9 @@ class Downstream(asyncio.Protocol):
         self._advance()
 
     def eof_received(self) -> bool:
+        """The client sends no more; True: the connection stays, for what is still to be answered."""
         if self._express.connection is not None:
             self._express.expand()
-        """The client sends no more; True: the connection stays, for what is still to be answered."""
         transport = self._transport
         if transport is None or self._lingers_s or not transport.can_write_eof():  # the last: TLS has no such state
             return False
@@ -184,7 +185,10 @@ class Downstream(asyncio.Protocol):
 
     # --- turns
 
-    def turn_over(self) -> None:
+    def answer_at_once(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
         self._mark_s = self._intake.head_since_s = self._front.now_s
 
     def take_over(self, exchange: Exchange) -> None:
@@ -356,7 +360,9 @@ class Downstream(asyncio.Protocol):
             self._transport.close()
 
     def stop(self) -> None:
-        """The router is stopping; a connection without a request goes soon (`check`)."""
+        """The router is stopping; a connection without a request goes soon (`check`), and an answer to come says so."""
+        if self._express.connection is not None:
+            self._express.expand()
         if self._tunnel is not None:
             self._close()
 

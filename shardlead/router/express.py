@@ -28,6 +28,8 @@ _TARGET: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 """What a target known by its looks may consist of, and the key's value beside it: RFC 3986's characters of paths and
 queries, and no others."""
 _VISIBLE: Final = bytes(range(0x21, 0x7F))
+_HEAD: Final = b"%b %b HTTP/1.1%b%b%b\r\n%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n"
+_HEAD_WITH_ID: Final = _HEAD.replace(b"\r\n%b", b"\r\n%b%x\r\n")  # behind the request id's constant part
 _IS_SAFE: Final = {b"GET": True, b"POST": False, b"PUT": False, b"DELETE": False, b"PATCH": False}
 
 
@@ -58,9 +60,6 @@ class ExpressFront(Protocol):
     def desk(self) -> ExpressDesk: ...
     @property
     def known(self) -> Known[RequestFields]: ...
-    @property
-    def is_stopping(self) -> bool: ...
-
     def now_ns(self) -> int: ...
 
     def next_number(self) -> int: ...
@@ -72,8 +71,8 @@ class ExpressClient(Client, Protocol):
     @property
     def forwarder(self) -> Forwarder: ...
 
-    def turn_over(self) -> None:
-        """The request under way has been answered."""
+    def answer_at_once(self, data: bytes) -> None:
+        """This is the answer to the request under way, whole."""
 
     def take_over(self, exchange: Exchange) -> None:
         """The request under way goes on as this one."""
@@ -86,10 +85,13 @@ class Express:
         "_body_bytes",
         "_body_bytes_max",
         "_client",
+        "_desk",
         "_forwarded",
+        "_forwarded_and_id",
         "_front",
         "_head_bytes_max",
         "_host",
+        "_known",
         "_mark",
         "_sent",
         "_since_ns",
@@ -100,8 +102,11 @@ class Express:
         self.connection: Upstream | None = None
         self._front = front
         self._client = client
+        self._desk = front.desk
+        self._known = front.known
         self._host = b""
-        self._forwarded = b""  # what is told of the client, for that host
+        self._forwarded = b""  # what is told of the client, for that host; and the begin of the request's id, too
+        self._forwarded_and_id = b""
         self._head_bytes_max = front.settings.head_bytes_max
         self._body_bytes_max = min(RESEND_BODY_BYTES_MAX, front.settings.body_bytes_max)
         self._body_bytes = 0  # of the request under way, as the next two
@@ -127,7 +132,7 @@ class Express:
             or end - line - 9 != lines_bytes(seen)  # 9: " HTTP/1.1"
         ):
             return False
-        if not is_host(seen[plan.host]):
+        if not is_host(seen[plan.host]) or b"#" in target:
             return False
         if plan.length:
             if seen[plan.length] != b"%d" % body_bytes:
@@ -150,7 +155,7 @@ class Express:
             return False
         if not value.translate(None, _VISIBLE):
             self._mark = mark
-            self._front.known.keep(b"".join(_cut(said, mark, value)), known)
+            self._known.keep(b"".join(_cut(said, mark, value)), known)
         return True
 
     def send_known(self, data: bytes) -> bool:
@@ -164,12 +169,12 @@ class Express:
         at = data.find(mark, line, end) if mark else -1
         if at < 0:
             value = b""
-            known = self._front.known.get(data[line:end])
+            known = self._known[data[line:end]]
         else:
             at += len(mark)
             behind = data.find(b"\n", at) - 1
             value = data[at:behind]
-            known = self._front.known.get(data[line:at] + data[behind:end])
+            known = self._known[data[line:at] + data[behind:end]]
         if known is None or end < 0 or end + 4 + known.length != len(data) or (known.key_at >= 0) != bool(value):
             return False
         method, _, target = data[:line].partition(b" ")
@@ -185,13 +190,7 @@ class Express:
         front = self._front
         is_safe = _IS_SAFE.get(method)
         body_bytes = known.length
-        if (
-            is_safe is None
-            or end > self._head_bytes_max
-            or body_bytes > self._body_bytes_max
-            or target[:1] != b"/"
-            or b"#" in target
-        ):
+        if is_safe is None or end > self._head_bytes_max or body_bytes > self._body_bytes_max or target[:1] != b"/":
             return False
         try:
             key = front.rules.find(target, (value,) if known.key_at >= 0 else ())
@@ -199,7 +198,7 @@ class Express:
             return False
         if key is None:
             return False
-        desk = front.desk
+        desk = self._desk
         taken = desk.take_at_once(key, is_safe=is_safe, size=body_bytes)
         if taken is None:
             return False
@@ -207,36 +206,42 @@ class Express:
         if known.host != self._host:
             self._host = known.host
             self._forwarded = self._client.forwarder.write(known.host, None)
+            self._forwarded_and_id = b"%bX-Request-Id: %b" % (self._forwarded, desk.id_prefix)
         self._since_ns = front.now_ns()
         self._body_bytes = body_bytes
         body = data[end + 4 :] if body_bytes else b""
         number = front.next_number()
         self._sent = method, target, known, value, body, key, shard, leader, pool, number
-        request_id = b"" if known.has_request_id else b"X-Request-Id: %b%x\r\n" % (desk.id_prefix, number)
         self.connection = connection
         connection.taker = connection.quick = self
-        connection.write(
-            b"%b %b HTTP/1.1%b%b%b\r\n%b%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n%b"
-            % (
-                *(method, target, known.first, value, known.rest, self._forwarded, request_id),
-                *(shard, encode_key(key), leader.epoch, body),
+        sent_key, epoch = encode_key(key), leader.epoch
+        if known.has_request_id:
+            told = self._forwarded
+            head = _HEAD % (method, target, known.first, value, known.rest, told, shard, sent_key, epoch)
+        else:
+            told = self._forwarded_and_id
+            head = _HEAD_WITH_ID % (
+                method,
+                target,
+                known.first,
+                value,
+                known.rest,
+                told,
+                number,
+                shard,
+                sent_key,
+                epoch,
             )
-        )
+        connection.write(head + body if body else head)
         return True
 
     # --- the worker's side
 
-    @property
-    def is_over_soon(self) -> bool:
-        """Whether the answer must say that the connection ends."""
-        return self._front.is_stopping
-
     def answered(self, data: bytes) -> None:
         """The answer, whole and as it goes to the client."""
         self.connection = None
-        self._client.write(data)
-        self._front.desk.answered_at_once(self._since_ns, self._body_bytes)
-        self._client.turn_over()
+        self._client.answer_at_once(data)
+        self._desk.answered_at_once(self._since_ns, self._body_bytes)
 
     # --- the long way, from here on
 
@@ -251,7 +256,7 @@ class Express:
             fields = [*fields]
             fields[known.key_at] = (fields[known.key_at][0], value)
         head = read_request(method, target, "1.1", fields, front.kinds, client.forwarder)
-        exchange = Exchange(front.desk, client, head, number, self._since_ns)
+        exchange = Exchange(self._desk, client, head, number, self._since_ns)
         exchange.key = key
         exchange.shard = shard
         exchange.leader = leader

@@ -6,7 +6,8 @@ value of its key, an answer in its date, once a second. What is known again need
 What it never does: judge. Law: a value may hang on the bytes that it is kept under and on nothing else.
 """
 
-from typing import Final, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from shardlead.router.heads import Fields
 
@@ -16,7 +17,8 @@ BYTES_MAX: Final = 1_024  # longer ones are not kept
 V = TypeVar("V")
 
 
-class RequestFields(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RequestFields:
     """An ordinary request's fields, whatever the value of its key's. `first` and `rest`: the lines as they leave, each
     with a line end before it, up to the key's value and behind it (all in `first` if no field has the key); `length`:
     of the body."""
@@ -30,33 +32,34 @@ class RequestFields(NamedTuple):
     has_request_id: bool
 
 
-class AnswerLooks(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AnswerLooks:
     """An ordinary answer. `head`: as it leaves, without the empty line; `length`: of the body."""
 
     head: bytes
     length: int
 
 
-class Known(Generic[V]):
-    """Values by strings of bytes: at least the last 2,048 different ones that were kept or asked for."""
+class Known(dict[bytes, V | None]):
+    """Values by strings of bytes: at least the last 2,048 different ones that were kept or asked for. `known[seen]`
+    asks, and gives None for what is not known."""
 
-    __slots__ = ("_new", "_old")
+    __slots__ = ("_old",)
 
     def __init__(self) -> None:
-        self._new: dict[bytes, V] = {}
-        self._old: dict[bytes, V] = {}
+        self._old: dict[bytes, V | None] = {}
 
-    def get(self, seen: bytes) -> V | None:
-        value = self._new.get(seen)
-        if value is None and self._old:
-            value = self._old.get(seen)
-            if value is not None:
-                self.keep(seen, value)
+    def __missing__(self, seen: bytes) -> V | None:
+        value = self._old.get(seen)
+        if value is not None:
+            self.keep(seen, value)
         return value
 
     def keep(self, seen: bytes, value: V) -> None:
+        """From now on these bytes are known, unless there are too many of them."""
         if len(seen) > BYTES_MAX:
             return
-        if len(self._new) >= KNOWN_MAX:
-            self._old, self._new = self._new, {}
-        self._new[seen] = value
+        if len(self) >= KNOWN_MAX:
+            self._old = dict(self)
+            self.clear()
+        self[seen] = value

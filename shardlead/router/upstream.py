@@ -78,11 +78,6 @@ class Taker(Protocol):
 class Quick(Taker, Protocol):
     """An ordinary request, whose answer may come whole."""
 
-    @property
-    def is_over_soon(self) -> bool:
-        """Whether the answer must say that the client's connection ends, so that it cannot pass as it is."""
-        ...
-
     def answered(self, data: bytes) -> None:
         """This is the answer, as it goes to the client; the connection has gone home."""
 
@@ -180,15 +175,16 @@ class Upstream(asyncio.Protocol):
             self._poll.register(raw.fileno(), _GONE_EVENTS)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_tunnel:
+        quick = self.quick
+        if quick is not None:
+            if not self._bare_bytes and self._is_known(data, quick):
+                return
+        elif self._is_tunnel:
             if self.taker is not None:
                 self.taker.tunnelled(data)
             return
-        if self.taker is None and not self._is_skipping:
+        elif self.taker is None and not self._is_skipping:
             self.abort()  # a worker that speaks without being asked
-            return
-        quick = self.quick
-        if quick is not None and not self._bare_bytes and self._is_known(data, quick):
             return
         self._bare_bytes += len(data)
         try:
@@ -316,8 +312,8 @@ class Upstream(asyncio.Protocol):
             end = self._last_end = data.find(b"\r\n\r\n")
             if end < 0:
                 return False
-        looks = self._known.get(data[:end])
-        if looks is None or end + 4 + looks.length != len(data) or quick.is_over_soon:
+        looks = self._known[data[:end]]
+        if looks is None or end + 4 + looks.length != len(data):
             return False
         self.taker = self.quick = None
         self.pool.give_back(self)
@@ -335,7 +331,6 @@ class Upstream(asyncio.Protocol):
         if (
             plan is None
             or quick is None
-            or quick.is_over_soon
             or status == 204
             or status == 304
             or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)

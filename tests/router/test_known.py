@@ -221,11 +221,11 @@ def test_only_so_many_are_kept_and_the_latest_are() -> None:
     """Two generations; what is asked for stays."""
     known: Known[int] = Known()
     known.keep(b"x" * (BYTES_MAX + 1), 1)
-    assert known.get(b"x" * (BYTES_MAX + 1)) is None
+    assert known[b"x" * (BYTES_MAX + 1)] is None
     known.keep(b"often", -1)
     for number in range(10 * KNOWN_MAX):
         known.keep(b"%d" % number, number)
-        assert known.get(b"often") == -1
-    assert known.get(b"%d" % (10 * KNOWN_MAX - 1)) is not None
-    assert known.get(b"0") is None
-    assert len(known._new) + len(known._old) <= 2 * KNOWN_MAX + 1
+        assert known[b"often"] == -1
+    assert known[b"%d" % (10 * KNOWN_MAX - 1)] is not None
+    assert known[b"0"] is None
+    assert len(known) + len(known._old) <= 2 * KNOWN_MAX + 1
