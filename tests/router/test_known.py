@@ -49,7 +49,7 @@ async def tell(*packets: bytes, before: tuple[bytes, ...]) -> Told:
             await ask_all(here, packet)
         if before:
             known = here.router.known
-            assert known._new, "the ordinary ones are known"
+            assert known, "the ordinary ones are known"
         asked, heard = len(worker.requests), len(bodies)
         got = await ask_all(here, *packets)
         requests = [
