@@ -39,7 +39,9 @@ The text of an error says what happened, to which shard or worker, and what to d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_WRAPPED_MAX: Final = 100  # errors that `weightiest` looks at
 
 
 class ShardleadError(Exception):
@@ -253,6 +255,30 @@ class WriteUnknown(LeadershipError):
     def __init__(self, shard: int, epoch: int, reason: str) -> None:
         self.reason = reason
         super().__init__(shard, epoch, f"write of shard {shard} under epoch {epoch} has an unknown outcome: {reason}")
+
+
+def weightiest(error: BaseException | None) -> LeadershipError | None:
+    """What an error that left the application says of its leadership, however it was wrapped: in a group, as the cause
+    of another error, or as what was being handled when that one was raised. WriteUnknown before Fenced before
+    LeadershipLost; None: none of them."""
+    found: list[LeadershipError] = []
+    seen: set[int] = set()
+    errors = [error]
+    while errors and len(seen) < _WRAPPED_MAX:
+        error = errors.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, WriteUnknown | Fenced | LeadershipLost):
+            found.append(error)
+        if isinstance(error, BaseExceptionGroup):
+            errors += error.exceptions
+        errors += (error.__cause__, error.__context__)
+    for kind in (WriteUnknown, Fenced, LeadershipLost):
+        for each in found:
+            if isinstance(each, kind):
+                return each
+    return None
 
 
 class ResourceUnavailable(ShardleadError):

@@ -21,6 +21,10 @@ class Lead(Protocol):
         """A fence says that this leadership's epoch is registered there."""
         ...
 
+    def note_unknown(self, reason: str) -> None:
+        """A write under this leadership's epoch may still take effect, and nobody knows."""
+        ...
+
 
 class Fence(Protocol):
     """What all adapters share. How data is read and written differs with the resource."""

@@ -3,6 +3,7 @@
 Law: protocol.md A.3, T7.
 """
 
+import asyncio
 from typing import Final
 
 from shardlead.core.keyspace import SHARD_DIGITS, Keyspace
@@ -110,7 +111,12 @@ class EtcdFence:
             Compare(self.record(lead.shard), Target.VALUE, b"%d" % lead.epoch),
         )
         why = (Range(self._keyspace.leader(lead.shard)), Range(self.record(lead.shard)))
-        match await self._store.commit(Txn(guard, ops, why)):
+        try:
+            answer = await self._store.commit(Txn(guard, ops, why))
+        except asyncio.CancelledError:  # it may have been sent, and be applied when nobody asks for it any more
+            lead.note_unknown("cancelled while it was under way")
+            raise
+        match answer:
             case Committed(results=results):
                 return results
             case Conflict(results=(RangeResult(kvs=leaders), RangeResult(kvs=records))):
@@ -118,6 +124,7 @@ class EtcdFence:
             case Conflict():
                 raise AssertionError("a conflict answers its failure branch")
             case Unknown(reason):
+                lead.note_unknown(reason)
                 raise WriteUnknown(lead.shard, lead.epoch, reason)
 
     def _own(self, op: Put | Delete | Range) -> Put | Delete | Range:

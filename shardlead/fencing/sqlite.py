@@ -190,7 +190,11 @@ class SqliteFence:
 
         Raises Fenced, LeadershipLost, ResourceUnavailable, WriteUnknown.
         """
-        result: T = await self._ask(lead, work)
+        try:
+            result: T = await self._ask(lead, work)
+        except WriteUnknown as exc:
+            lead.note_unknown(exc.reason)
+            raise
         return result
 
     async def read(self, work: Callable[[Transaction], T]) -> T:

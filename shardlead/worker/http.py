@@ -26,7 +26,7 @@ from shardlead.clock import NS_PER_S, Clock
 from shardlead.config import WORKER_IDLE_TIMEOUT_S, WorkerSettings
 from shardlead.core import contract
 from shardlead.core.contract import Refused
-from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError, WriteUnknown
+from shardlead.errors import CommandError, Fenced, LeadershipError, RequestError, WriteUnknown, weightiest
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.admission import Admitted, Parked, Turned
 from shardlead.worker.application import Description, Hosted
@@ -254,10 +254,11 @@ class Front:
                 await gate.write_continue()
             gate.guard(tenure, self._settings.handle_need_s, started_ns)
             response = await self._handle(request, tenure)
+            stale = self._stale_in(call, response if isinstance(response, web.HTTPException) else None)
             await self._send(response, request, gate)
         except (AnswerCut, LeadershipError) as exc:
             failure: Exception | None = None
-            stale = exc if isinstance(exc, Fenced | WriteUnknown) else None
+            stale = self._stale_in(call, exc) or stale
         except asyncio.CancelledError as exc:
             if (
                 task.cancelling() == 0 and not self._is_closing
@@ -272,8 +273,11 @@ class Front:
                 raise
         except Exception as exc:  # the application's own code may raise anything; it costs it this answer
             failure = exc
+            stale = self._stale_in(call, exc) or stale
         else:
             self._outcomes["answered"].inc()
+            if stale is not None:
+                self._host.fenced_off(call.shard, tenure.lead.epoch, str(stale))
             return self._sent if response.keep_alive else self._sent_last
         finally:
             self._running -= 1
@@ -284,6 +288,11 @@ class Front:
         if stale is not None:
             self._host.fenced_off(call.shard, tenure.lead.epoch, str(stale))
         return await self._answer_instead(request, gate, tenure, call, failure)
+
+    def _stale_in(self, call: Call, error: BaseException | None) -> Fenced | WriteUnknown | None:
+        """Why the epoch of this call must not go on, if what the application raised says so, however it was wrapped."""
+        found = weightiest(error)
+        return found if isinstance(found, Fenced | WriteUnknown) and found.shard == call.shard else None
 
     async def _handle(self, request: web.Request, tenure: Tenure) -> web.StreamResponse:
         application = tenure.application

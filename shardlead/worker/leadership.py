@@ -55,6 +55,7 @@ class Leadership:
         "_executor",
         "_guard",
         "_lost",
+        "_on_unknown",
         "_threads",
         "draining",
         "epoch",
@@ -65,7 +66,15 @@ class Leadership:
         "worker",
     )
 
-    def __init__(self, shard: int, epoch: int, worker: str, guard: Guard, executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        shard: int,
+        epoch: int,
+        worker: str,
+        guard: Guard,
+        executor: Executor | None = None,
+        on_unknown: Callable[[str], object] | None = None,
+    ) -> None:
         self.shard = shard
         self.epoch = epoch
         self.worker = worker
@@ -75,6 +84,7 @@ class Leadership:
         self.has_overrun = False  # for the runtime: some work of it ended when its right to work was over
         self._guard = guard
         self._executor = executor
+        self._on_unknown = on_unknown
         self._lost = ""
         self._threads: set[asyncio.Future[object]] = set()
 
@@ -95,6 +105,14 @@ class Leadership:
         """For fences: this epoch is registered at a resource. A fence of one's own calls it at the end of its barrier;
         a class that says `fenced = True` and whose `open()` passes no barrier is warned of."""
         self.has_barrier = True
+
+    def note_unknown(self, reason: str) -> None:
+        """For fences: the outcome of a write under this epoch is unknown, and it may take effect late. Whatever else
+        runs under the epoch ends, and the shard goes on under a new one, whatever the application makes of the error.
+        A fence of one's own calls it before it raises WriteUnknown, and when a write that was sent is cancelled."""
+        if self._on_unknown is not None:
+            # a turn later: whoever called this may end by itself, and say why, before it would be cancelled
+            asyncio.get_running_loop().call_soon(self._on_unknown, reason)
 
     async def run_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a blocking function in a thread. The leadership counts it as work: it is not passed on before the

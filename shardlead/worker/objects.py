@@ -16,7 +16,7 @@ from typing import Final
 
 from shardlead.config import WorkerSettings
 from shardlead.core import ownership
-from shardlead.errors import EpochRegressed, Fenced, LeadershipError, LeadershipLost
+from shardlead.errors import EpochRegressed, Fenced, LeadershipError, LeadershipLost, WriteUnknown, weightiest
 from shardlead.metrics import WorkerMetrics
 from shardlead.worker.audit import AuditLog
 from shardlead.worker.entry import Entry
@@ -74,7 +74,11 @@ class Objects:
     def open(self, shard: int, entry: Entry, epoch: int, guard: Guard) -> None:
         """Begin a tenure under `epoch`: make its object and open it. Ends in Opened, FencedOff or Failed."""
         trail = self._audit.lead(shard, epoch) if self._audit is not None else None
-        lead = Leadership(shard, epoch, self._worker, guard, self._executor)
+
+        def unknown(reason: str) -> None:
+            self._met(shard, entry, tenure, ownership.FencedOff(f"the outcome of a write is unknown: {reason}"))
+
+        lead = Leadership(shard, epoch, self._worker, guard, self._executor, unknown)
         tenure = entry.tenure = Tenure(lead, trail)
         tenure.opening = self._tasks.begin(self._open_object(shard, entry, tenure), f"open {shard}")
 
@@ -129,17 +133,31 @@ class Objects:
                 raise
             self._log_failure("run() was cancelled from within", exc, {"shard": shard, "epoch": tenure.lead.epoch})
             event = ownership.Failed("run() was cancelled from within")
-        except (Fenced, LeadershipLost) as exc:
-            event = self._refused(entry, f"run() was refused: {exc}")
         except Exception as exc:  # the application's own code may raise anything; it costs it the shard, not us
-            self._log_failure("run() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
-            event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
+            match weightiest(exc):
+                case WriteUnknown() as unknown:
+                    entry.refusals += 1
+                    event = ownership.FencedOff(f"run() does not know: {unknown}")
+                case Fenced() | LeadershipLost() as refusal:
+                    event = self._refused(entry, f"run() was refused: {refusal}")
+                case _:
+                    self._log_failure("run() failed", exc, {"shard": shard, "epoch": tenure.lead.epoch})
+                    event = ownership.Failed(f"run() raised {type(exc).__name__}: {exc}")
         finally:
             tenure.lead.note_end()
         if isinstance(event, ownership.Failed):
             self._metrics.application_failures.labels("run").inc()
-        if event is not None and entry.tenure is tenure and isinstance(entry.state, ownership.Serving):
-            self._report(shard, event)
+        if event is not None:
+            self._met(shard, entry, tenure, event)
+
+    def _met(self, shard: int, entry: Entry, tenure: Tenure, event: ownership.Event) -> None:
+        """What work of a serving or draining shard has met. A shard that goes on under new epochs and never gets
+        anywhere is given up, once all work of it has ended."""
+        if entry.tenure is not tenure or not isinstance(entry.state, ownership.Serving | ownership.Draining):
+            return
+        self._report(shard, event)
+        if isinstance(event, ownership.FencedOff) and entry.refusals > REFUSALS_MAX:
+            self._report(shard, ownership.GivenUp(event.reason))
 
     def _refused(self, entry: Entry, reason: str) -> ownership.Event:
         """A new epoch helps where a newer leader has come and gone; where it does not, the shard is given up."""
@@ -172,7 +190,7 @@ class Objects:
     # --- ending ---
 
     def drain(self, shard: int, entry: Entry) -> None:
-        """Let running work end, at most for the drain time; cancel the rest. Ends in WorkEnded."""
+        """Let requests and threads end, at most for the drain time; cancel the rest. Ends in WorkEnded."""
         tenure = entry.tenure
         assert tenure is not None, "draining has a tenure"
         tenure.lead.draining.begin()
@@ -194,10 +212,14 @@ class Objects:
         self._tasks.begin(self._close(shard, entry, tenure), f"close {shard}")
 
     async def _drain(self, shard: int, entry: Entry, tenure: Tenure) -> None:
+        def is_over() -> bool:  # it was stopped meanwhile; then `_stop` says how it has ended
+            return entry.tenure is not tenure or not isinstance(entry.state, ownership.Draining)
+
+        until_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_timeout_s):
+            async with asyncio.timeout_at(until_s):
                 await tenure.wait_idle()
-        if entry.tenure is not tenure or not isinstance(entry.state, ownership.Draining):
+        if is_over():
             return
         if tenure.running_count:
             log.warning("drain time is over, cancelling", extra={"shard": shard, "running": tenure.running_count})
@@ -205,9 +227,16 @@ class Objects:
             tenure.cancel()
             is_clean = False
         else:
+            await tenure.wait_threads(until_s)  # run() may be waiting for one, and return by itself then
+            if is_over():
+                return
             is_clean = await self._end_run(shard, tenure)
-        entry.is_clean = await self._wait_ended(shard, tenure) and (is_clean or self._fenced)
-        if entry.tenure is tenure and isinstance(entry.state, ownership.Draining):
+            await tenure.wait_threads(until_s)
+            if is_over():
+                return
+        has_ended = await self._wait_ended(shard, tenure)
+        if not is_over():
+            entry.is_clean = has_ended and (is_clean or self._fenced)
             self._report(shard, ownership.WorkEnded())
 
     async def _end_run(self, shard: int, tenure: Tenure) -> bool:
@@ -219,7 +248,7 @@ class Objects:
         if not self._fenced:
             await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
             if task.done():
-                return True
+                return not task.cancelled()
             log.warning(
                 "run() of an unfenced class was cancelled: the next leader waits before it serves; "
                 "let run() return when lead.draining is set",

@@ -32,11 +32,13 @@ from shardlead.errors import (
     ClusterMissing,
     Fenced,
     KeyspaceError,
+    LeadershipError,
     LeadershipLost,
     NotLeading,
     StoreError,
     StoreReplaced,
     WriteUnknown,
+    weightiest,
 )
 from shardlead.metrics import WorkerMetrics
 from shardlead.store.base import KeyValue, Store
@@ -229,18 +231,21 @@ class Worker:
                     tenure.trail.accept(asked_ns, asked_ns)
                 task = asyncio.current_task()
                 assert task is not None, "admit is entered within a task"
+                error: LeadershipError | None = None
                 tenure.enter(task)
                 try:
                     yield tenure.application.subject if tenure.application is not None else None
                 except asyncio.CancelledError as exc:
-                    if not tenure.is_lost or exc.args != (CANCELLED,) or task.uncancel():
+                    if not tenure.is_lost or exc.args != (CANCELLED,) or not tenure.uncancel(task):
                         raise  # somebody else's cancellation, or theirs too
                     raise LeadershipLost(shard, epoch, "its work was cancelled") from exc
-                except (Fenced, WriteUnknown) as exc:
-                    host.fenced_off(shard, tenure.lead.epoch, str(exc))
+                except (Exception, BaseExceptionGroup) as exc:  # the caller's own code may raise anything
+                    error = weightiest(exc)
                     raise
                 finally:
-                    tenure.leave(task)
+                    tenure.leave(task)  # first: it has ended by itself, and is not to be cancelled any more
+                    if isinstance(error, Fenced | WriteUnknown) and error.shard == shard:
+                        host.fenced_off(shard, tenure.lead.epoch, str(error))
             case Turned(reason, own_epoch, leader):
                 raise NotLeading(shard, own_epoch, reason=reason, leader=leader)
             case Parked():

@@ -6,6 +6,7 @@ The object is opened once and closed once. Nothing here decides; `worker.objects
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Any, Final, Protocol
 
 from shardlead.worker.audit import Trail
@@ -42,7 +43,7 @@ class Tunnel(Protocol):
 class Tenure:
     """The application's object of one leadership, and its running work."""
 
-    __slots__ = ("_idle", "_running", "application", "lead", "opening", "run_task", "trail", "tunnels")
+    __slots__ = ("_cancels", "_idle", "_running", "application", "lead", "opening", "run_task", "trail", "tunnels")
 
     def __init__(self, lead: Leadership, trail: Trail | None = None) -> None:
         self.lead = lead
@@ -51,7 +52,8 @@ class Tenure:
         self.opening: asyncio.Task[None] | None = None
         self.run_task: asyncio.Task[None] | None = None
         self.tunnels: set[Tunnel] = set()
-        self._running: set[asyncio.Task[object]] = set()
+        self._running: Counter[asyncio.Task[object]] = Counter()  # how many times each has entered
+        self._cancels: Counter[asyncio.Task[object]] = Counter()  # of those that run
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -75,13 +77,16 @@ class Tenure:
         return len(self._running)
 
     def enter(self, task: "asyncio.Task[object]") -> None:
-        """`task` handles a request of this shard from now on."""
-        self._running.add(task)
+        """`task` handles a request of this shard from now on. It may enter again before it leaves: two keys, one
+        shard."""
+        self._running[task] += 1
         self._idle.clear()
 
     def leave(self, task: "asyncio.Task[object]") -> None:
-        """It has done so."""
-        self._running.discard(task)
+        """It has done so, once."""
+        self._running[task] -= 1
+        if self._running[task] <= 0:
+            del self._running[task], self._cancels[task]
         self.lead.note_end()
         if not self._running:
             self._idle.set()
@@ -89,6 +94,13 @@ class Tenure:
     async def wait_idle(self) -> None:
         """Return once no request runs. The caller bounds it."""
         await self._idle.wait()  # no time-out: worker.objects bounds it by drain_timeout_s
+
+    async def wait_threads(self, until_s: float) -> None:
+        """Return once no blocking function runs, or at that time of the loop's clock: they cannot be cancelled."""
+        threads = self.lead.threads
+        while threads and (left_s := until_s - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(threads, timeout=left_s)
+            threads = self.lead.threads
 
     def revoke(self, reason: str) -> None:
         """Take the leadership away, at once and for good."""
@@ -104,9 +116,16 @@ class Tenure:
     def cancel(self) -> None:
         """Cancel all that runs. Threads cannot be; `wait_ended` waits for them."""
         self.close_tunnels()
+        self._cancels.update(self._running.keys())
         for task in (self.opening, self.run_task, *self._running):
             if task is not None:
                 task.cancel(CANCELLED)
+
+    def uncancel(self, task: "asyncio.Task[object]") -> bool:
+        """Take back whatever `cancel` has asked of running work; False if somebody else has cancelled it, too."""
+        for _ in range(self._cancels.pop(task, 0)):
+            task.uncancel()
+        return not task.cancelling()
 
     async def wait_ended(self, timeout_s: float) -> bool:
         """Wait for everything to end, at most so long; whether it has."""

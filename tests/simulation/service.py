@@ -4,6 +4,7 @@ A leader that works on after another has taken over would write its stale list o
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,26 +107,37 @@ class Lists:
         return _answer(value)
 
     async def run(self) -> None:
-        """Background work while leading: a word of its own now and then, behind the same fence."""
+        """Background work while leading: now and then a word in one of the lists, behind the same fence. Some return
+        when the shard drains, others have to be cancelled."""
         world, lead = self.world, self.lead
-        key = background_key(lead.shard)
+        is_polite = world.rng.random() < 0.5
         world.watch.handler_begins(lead, None)
         try:
-            while True:
-                await asyncio.sleep(world.rng.uniform(0.5, 1.5) * world.manners.background_s)
-                operation = world.watch.background(key)
-                value = (*self.lists.get(key, ()), operation.word)
-                try:
-                    await world.storage.put(lead.shard, lead.epoch, key, value)
-                except Refused as exc:
-                    operation.outcome = "fail"
-                    raise Fenced(lead.shard, lead.epoch, exc.registered) from None
-                except NoAnswer as exc:
-                    raise WriteUnknown(lead.shard, lead.epoch, str(exc)) from None
-                self.lists[key] = value
-                world.watch.background_done(operation, value)
+            while not (is_polite and lead.draining.is_set()):
+                pause_s = world.rng.uniform(0.5, 1.5) * world.manners.background_s
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await (lead.draining.wait() if is_polite else asyncio.sleep(2 * pause_s))
+                    continue
+                async with self._turn:
+                    await self._add(world.rng.choice(world.keys(lead.shard)))
         finally:
             world.watch.handler_ends(lead)
+
+    async def _add(self, key: str) -> None:
+        """A word of its own."""
+        world, lead = self.world, self.lead
+        operation = world.watch.background(key)
+        value = (*self.lists.get(key, ()), operation.word)
+        try:
+            await world.storage.put(lead.shard, lead.epoch, key, value)
+        except Refused as exc:
+            operation.outcome = "fail"
+            raise Fenced(lead.shard, lead.epoch, exc.registered) from None
+        except NoAnswer as exc:
+            raise WriteUnknown(lead.shard, lead.epoch, str(exc)) from None
+        self.lists[key] = value
+        world.watch.background_done(operation, value)
 
     async def _read(self, key: str) -> tuple[str, ...]:
         """Behind the fence, which a leader's own memory is not."""
