@@ -29,8 +29,10 @@ class Session:
         return self.is_good
 
 
-def lead_of(shard: int, epoch: int, session: Session | None = None) -> Leadership:
-    return Leadership(shard, epoch, f"worker-{epoch}", session or Session())
+def lead_of(
+    shard: int, epoch: int, session: Session | None = None, on_unknown: Callable[[str], object] | None = None
+) -> Leadership:
+    return Leadership(shard, epoch, f"worker-{epoch}", session or Session(), on_unknown=on_unknown)
 
 
 def balance_of(tx: Transaction, shard: int) -> int:

@@ -269,3 +269,30 @@ def test_an_unknown_barrier_is_repeated_and_an_unknown_write_is_not(etcd: EtcdCl
             assert (store.losses, await on.balance()) == (0, 7)
 
     on_etcd(etcd, main)
+
+
+def test_the_leadership_hears_of_unknown_outcomes(etcd: EtcdCluster) -> None:
+    """Of an answer that was lost, and of a write that was cancelled under way; not of one that was done."""
+
+    async def main(on: Bench) -> None:
+        settings = StoreSettings(endpoints=etcd.endpoints)
+        async with Deaf(settings, clock=SystemClock(), rng=random.Random(1)) as store:
+            heard: asyncio.Queue[str] = asyncio.Queue()
+            fence = EtcdFence(store, KEYS, DATA)
+            lead = lead_of(1, await on.lead(1, "new"), on_unknown=heard.put_nowait)
+            await fence.barrier(lead)
+            await fence.write(lead, amount(1))
+            await asyncio.sleep(0)
+            assert heard.empty()
+            store.losses = 1
+            with pytest.raises(WriteUnknown):
+                await fence.write(lead, amount(2))
+            assert "lost" in await asyncio.wait_for(heard.get(), 5)
+            writing = asyncio.create_task(fence.write(lead, amount(3)))
+            await asyncio.sleep(0)  # it has begun
+            writing.cancel()
+            assert "cancelled" in await asyncio.wait_for(heard.get(), 5)
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+
+    on_etcd(etcd, main)

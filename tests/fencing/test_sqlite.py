@@ -407,11 +407,12 @@ def test_a_function_cannot_end_the_transaction(path: Path, sql: str) -> None:
 
 
 def test_a_function_that_ends_the_transaction_by_stealth_is_found_out(path: Path) -> None:
-    """Its outcome is unknown, and so is that of its neighbours; none of them is run twice."""
+    """Its outcome is unknown, and so is that of its neighbours; none of them is run twice, and the leadership hears."""
 
     async def main() -> None:
         async with fence_at(path) as fence:
-            lead = lead_of(1, 10)
+            heard: asyncio.Queue[str] = asyncio.Queue()
+            lead = lead_of(1, 10, on_unknown=heard.put_nowait)
             await fence.barrier(lead)
             answers = await asyncio.gather(
                 fence.write(lead, lambda tx: set_balance(tx, 1, balance_of(tx, 1) + 1)),
@@ -419,6 +420,7 @@ def test_a_function_that_ends_the_transaction_by_stealth_is_found_out(path: Path
                 return_exceptions=True,
             )
             assert all(isinstance(answer, WriteUnknown) for answer in answers[1:])
+            assert "ended the fence's transaction" in await asyncio.wait_for(heard.get(), 5)
             assert await fence.read(lambda tx: balance_of(tx, 1)) == 1
 
     run(main)
