@@ -247,6 +247,8 @@ class Front:
         assert task is not None
         started_ns = self._clock.now_ns()
         stale: Fenced | WriteUnknown | None = None
+        sent: web.StreamResponse | None = None
+        failure: Exception | None = None
         tenure.enter(task)
         self._running += 1
         try:
@@ -257,7 +259,6 @@ class Front:
             stale = self._stale_in(call, response if isinstance(response, web.HTTPException) else None)
             await self._send(response, request, gate)
         except (AnswerCut, LeadershipError) as exc:
-            failure: Exception | None = None
             stale = self._stale_in(call, exc) or stale
         except asyncio.CancelledError as exc:
             if (
@@ -276,9 +277,7 @@ class Front:
             stale = self._stale_in(call, exc) or stale
         else:
             self._outcomes["answered"].inc()
-            if stale is not None:
-                self._host.fenced_off(call.shard, tenure.lead.epoch, str(stale))
-            return self._sent if response.keep_alive else self._sent_last
+            sent = self._sent if response.keep_alive else self._sent_last
         finally:
             self._running -= 1
             tenure.leave(task)
@@ -287,6 +286,8 @@ class Front:
             self._duration.observe((self._clock.now_ns() - started_ns) / NS_PER_S)
         if stale is not None:
             self._host.fenced_off(call.shard, tenure.lead.epoch, str(stale))
+        if sent is not None:
+            return sent
         return await self._answer_instead(request, gate, tenure, call, failure)
 
     def _stale_in(self, call: Call, error: BaseException | None) -> Fenced | WriteUnknown | None:

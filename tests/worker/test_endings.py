@@ -3,16 +3,20 @@
 import asyncio
 import time
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from shardlead.core import ownership
 from shardlead.core.keyspace import decode
 from shardlead.core.model import History
+from shardlead.core.ownership import Serving
 from shardlead.errors import Fenced, LeadershipError, LeadershipLost, NotLeading, WriteUnknown, weightiest
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.objects import REFUSALS_MAX
 from tests.worker.scene import SHORT, Scene, Script, play
+from tests.worker.stage import EPOCH, SHARD, staged, until, words
+from tests.worker.stage import play as play_http
 
 LATE_S = 5.0
 
@@ -169,6 +173,35 @@ def test_the_weightiest_error_is_told() -> None:
     one, two = ValueError(), ValueError()
     one.__cause__, two.__cause__ = two, one
     assert weightiest(one) is None
+
+
+@pytest.mark.parametrize("how", ["as the cause", "in a group"])
+def test_a_handler_that_wraps_an_unknown_outcome_is_answered_and_its_epoch_ends(how: str) -> None:
+    """The application's own answer is sent as it is; without one nobody knows. The connection stays either way."""
+
+    async def main() -> None:
+        async with staged() as stage, aiohttp.ClientSession() as session:
+
+            @stage.on("/x")
+            async def wraps(lead: Leadership, _request: web.Request) -> web.Response:
+                if lead.epoch > EPOCH:
+                    return web.Response()
+                unknown = WriteUnknown(SHARD, EPOCH, "no answer")
+                if how == "in a group":
+                    raise ExceptionGroup("of a TaskGroup", [unknown])
+                raise web.HTTPServiceUnavailable(text="sorry") from unknown
+
+            async with session.post(f"{stage.url}/x", headers=words()) as answer:
+                if how == "in a group":
+                    assert (answer.status, answer.headers["Shardlead-Outcome"]) == (502, "unknown")
+                else:
+                    assert (answer.status, await answer.text()) == (503, "sorry")
+                await answer.read()
+            await until(lambda: stage.host.state(SHARD) == Serving(EPOCH + 1))
+            async with session.post(f"{stage.url}/x", headers=words(epoch=EPOCH + 1)) as answer:
+                assert answer.status == 200
+
+    play_http("asyncio", main())
 
 
 # --- drains ---
