@@ -130,6 +130,29 @@ FURTHER: Final[Mapping[str, Scenario]] = {
         ),
         heals_late_s=11.0,  # TTL + delta after a death; and again, if a move for evenness then has to cancel work (2 s)
     ),
+    "planned": Scenario(
+        "Planned operations of a class without a fence: whatever ends cleanly is served at once, and no request fails.",
+        ("restart", "move", "drain", "cordon", "freeze_moves", "scale_out", "compact"),
+        Setup(fenced=False, clients=8, manners=Manners(polite=1.0)),
+        mean_pause_s=0.5,
+        never_fails=True,
+    ),
+    "dense": Scenario(
+        "Many deeds at once, some before the last ones are over.",
+        (
+            *("kill", "restart", "pause", "stall", "move", "drain", "scale_out", "evict", "set_wall_clock"),
+            *("trouble_open", "cordon", "lag_member", "change_etcd_leader", "compact", "cut_from_etcd"),
+        ),
+        Setup(
+            link=LOSSY,
+            drift=0.009,
+            idempotent=0.5,
+            clients=8,
+            storage=StorageFaults(slow=0.05, late=0.03, lost=0.01),
+        ),
+        mean_pause_s=0.2,
+        deeds_at_once=(5, 12),
+    ),
 }
 """More surroundings; run by the long form, too."""
 

@@ -31,6 +31,7 @@ class Manners:
     loads_first: bool = False  # another one
     poison: int = -1  # the shard whose open() kills its process
     background_s: float = 1.5  # how often run() writes
+    polite: float = 0.5  # share of the objects whose run() returns when the shard drains
 
 
 class Lists:
@@ -110,7 +111,7 @@ class Lists:
         """Background work while leading: now and then a word in one of the lists, behind the same fence. Some return
         when the shard drains, others have to be cancelled."""
         world, lead = self.world, self.lead
-        is_polite = world.rng.random() < 0.5
+        is_polite = world.rng.random() < world.manners.polite
         world.watch.handler_begins(lead, None)
         try:
             while not (is_polite and lead.draining.is_set()):
