@@ -190,7 +190,14 @@ class Claims:
     # --- what is won ---
 
     def receive(self, shard: int, epoch: int, *, is_clean: bool) -> None:
-        """A handoff has given it to us. `is_clean`: all work of its former leader had ended."""
+        """A handoff has given it to us. `is_clean`: all work of its former leader had ended.
+
+        One that was adopted before its offer came waits for nothing any more if the offer, which is of this very
+        epoch, says so."""
+        if self._host.state(shard) == ownership.Waiting(epoch):
+            if is_clean:
+                self._host.feed(shard, ownership.WaitOver(self._session.is_active))
+            return
         must_wait = not self._host.fenced and not is_clean
         self._former_ttl_s[shard] = self._session.ttl_s
         self._host.feed(shard, ownership.Won(epoch, self._session.is_active, must_wait))

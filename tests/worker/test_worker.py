@@ -13,7 +13,7 @@ from shardlead.cluster.bootstrap import raise_generation
 from shardlead.config import ClusterSettings, LeaseSettings
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
-from shardlead.core.ownership import Due
+from shardlead.core.ownership import Due, Waiting
 from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, WriteUnknown
 from shardlead.store.base import Delete, Put
 from shardlead.worker.leadership import Leadership
@@ -790,6 +790,49 @@ def test_an_unfenced_class_waits_after_cancelled_work_whoever_leads_next(on_scen
         await scene.assign({0: ("w2", "w1")})
         await scene.until_serving("w2", 0)
         assert loop.time() - began_s >= wait_s  # its run() went on until it was cancelled
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_a_handoff_that_a_request_overtakes_waits_only_if_its_offer_says_so(on_scene: Play, is_clean: bool) -> None:
+    """The request makes the new leader find its key before the offer tells it how the former tenure ended."""
+
+    async def act(scene: Scene) -> None:
+        flow = asyncio.Event()
+        flow.set()
+        settings: dict[str, Any] = {"lease": SHORT, "drain_timeout_s": 0.2}
+        one = await scene.start("w1", Script(fenced=False), **settings)
+        two = await scene.start("w2", Script(fenced=False), held_back={scene.keys.inbox("w2"): flow}, **settings)
+        await scene.assign({0: ("w1", "w2")})
+        await scene.until_serving("w1", 0)
+        cancelled = None if is_clean else await endless(one, 0)
+        async with one.request(0) as subject:
+            await scene.assign({0: ("w2", "w1")})
+            await subject.lead.draining.wait()
+            flow.clear()
+        loop = asyncio.get_running_loop()
+        await scene.until(lambda: scene.leader(0) == "w2")
+        began_s = loop.time()
+
+        async def ask() -> None:
+            async with two.worker.admit(scene.key(0), scene.epoch(0)):
+                pass
+
+        asked = asyncio.create_task(ask())
+        await scene.until(lambda: two.host.state(0) == Waiting(scene.epoch(0)))
+        flow.set()
+        await scene.until_serving("w2", 0)
+        wait_s = SHORT.ttl_s + SHORT.margin_s
+        if cancelled is None:
+            assert loop.time() - began_s < wait_s / 2
+            await asked
+        else:
+            assert loop.time() - began_s >= wait_s
+            with suppress(NotLeading):  # it was parked for as long as it may be
+                await asked
+            with pytest.raises(LeadershipLost):
+                await cancelled
 
     on_scene(act)
 
