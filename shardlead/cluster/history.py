@@ -1,8 +1,8 @@
 """What is remembered of each shard's leaderships: who led it, since when, and how the last tenure ended.
 
 Law: protocol.md A.2. A history is written in the same transaction as the leadership it tells of, by whoever sends
-that; here it is read, kept, and the next one is composed. Reading decides nothing: a history that cannot be read is
-as none, and the guard on its revision still holds.
+that; here it is read, kept, and the next one is composed. Reading decides nothing: of a history that cannot be read
+nothing is known, how the last tenure ended least of all, and the guard on its revision still holds.
 """
 
 import logging
@@ -82,7 +82,8 @@ class Histories:
         before, revision = former
         now_s = self._clock.wall_s()
         if before is None:
-            return History(worker, sid, now_s, reason, clean=True, tick=self.tick, ttl_s=ttl_s)
+            is_first = not revision  # else there is one, which cannot be read
+            return History(worker, sid, now_s, reason, clean=is_first, tick=self.tick, ttl_s=ttl_s)
         past = PastLeader(before.worker, revision, before.since)
         return replace(
             before,

@@ -237,6 +237,21 @@ def test_a_tenure_that_ended_with_its_lease_did_not_end_cleanly(on_stage: Play) 
     on_stage(scene)
 
 
+def test_a_past_that_cannot_be_read_did_not_end_cleanly(on_stage: Play) -> None:
+    """There was a tenure, and nobody knows how it ended; a shard without a past has nothing to wait for."""
+
+    async def scene(stage: Stage) -> None:
+        one = await stage.actor("w1")
+        await stage.store.commit(Txn(UNGUARDED, (Put(stage.keys.history(3), b"{garbage"),)))
+        tenure = await claimed(one, 3)
+        assert not tenure.is_clean
+        assert tenure.former_ttl_s == one.session.ttl_s
+        assert not (await claimed(one, 3)).is_clean  # nor is it when the claim is repeated
+        assert (await claimed(one, 4)).is_clean
+
+    on_stage(scene)
+
+
 def test_the_past_is_kept_in_order_and_bounded(on_stage: Play) -> None:
     """history/ names the last eight tenures, newest first."""
 
