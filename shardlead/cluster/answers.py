@@ -12,7 +12,7 @@ from shardlead.core.model import LeaderRecord
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """Ours under `revision`. `is_clean`: the former tenure closed its object and its work had ended; if not,
-    `former_ttl_s` is what its lease could still allow."""
+    `former_ttl_s` is at least what its lease could still allow."""
 
     revision: int
     is_clean: bool

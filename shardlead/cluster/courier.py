@@ -78,6 +78,7 @@ class Courier:
                 target_lease=session.lease,
                 epoch_seen=generation_epoch + holder.revision,
                 reason=reason,
+                ttl_s=session.ttl_s,
             )
             records[shard] = (keys.want(holder.leader.worker, shard), encode(want))
         nested = tuple(

@@ -66,6 +66,7 @@ class Election:
         self._histories = histories
         self._clock = clock
         self._ends: dict[int, _End] = {}  # as they were first seen
+        self._sent_ttl_s: dict[int, float] = {}  # of claims whose outcome is not known: as their histories have it
 
     async def claim(self, shards: Sequence[int], reason: str) -> dict[int, ClaimAnswer]:
         """Claim these shards (at most BATCH). Repeating a claim whose outcome is unknown is safe."""
@@ -79,6 +80,7 @@ class Election:
             if not shards:
                 return answers
             written = {shard: self._written(shard, former[shard], reason) for shard in shards}
+            self._sent_ttl_s.update({shard: history.ttl_s for shard, history in written.items()})
             nested = tuple(self._claim_one(shard, former[shard][1], written[shard]) for shard in shards)
             outcome = await self._store.commit(
                 Txn(
@@ -102,6 +104,11 @@ class Election:
                 return answers | dict.fromkeys(shards, Undecided(why))
             case _:
                 assert_never(outcome)
+
+    def former_ttl_s(self, shard: int) -> float:
+        """What the lease of the former tenure could still allow, by our last claim if nobody knows what became of it;
+        else 0."""
+        return self._sent_ttl_s.get(shard, 0.0)
 
     async def clear(self, shard: int, revision: int) -> bool:
         """Delete a leader record without a lease: it is no session's, so nobody's right is touched (R1) and no lease's
@@ -151,6 +158,7 @@ class Election:
         self, shard: int, former: History | None, history: History, revision: int, result: OpResult
     ) -> Claimed | LedBy | Nobody:
         assert isinstance(result, TxnResult), "a nested transaction answers with its own result"
+        self._sent_ttl_s.pop(shard, None)
         if not result.succeeded:
             holder = self._leaders.holder(result.results[0])
             if not isinstance(holder, LedBy) or holder.leader.sid != self._session.sid:
@@ -160,9 +168,7 @@ class Election:
             if former is not None and former.sid == self._session.sid:
                 history = former
         self._histories.keep(shard, history)
-        before = former if former is None or former.sid != self._session.sid else None
-        ttl_s = before.ttl_s if before is not None else 0.0
-        return Claimed(revision, history.clean, ttl_s or self._session.ttl_s, history.short_tenures)
+        return Claimed(revision, history.clean, history.ttl_s or self._session.ttl_s, history.short_tenures)
 
     def _why_refused(self, results: Sequence[OpResult]) -> str:
         mine, eviction, meta = (result.kvs if isinstance(result, RangeResult) else () for result in results)

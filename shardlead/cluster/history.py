@@ -77,13 +77,18 @@ class Histories:
         ttl_s: float,
         *,
         short_tenures: int = 0,
+        is_clean: bool | None = None,
     ) -> History:
-        """What is remembered from now on: the present tenure and how the former ones ended."""
+        """What is remembered from now on: the present tenure and how the former ones ended. `is_clean`: how the last
+        of them did, where the former record does not say it yet. `ttl_s` is of the lease of the present tenure."""
         before, revision = former
         now_s = self._clock.wall_s()
         if before is None:
-            is_first = not revision  # else there is one, which cannot be read
-            return History(worker, sid, now_s, reason, clean=is_first, tick=self.tick, ttl_s=ttl_s)
+            if is_clean is None:
+                is_clean = not revision  # else there is one, which cannot be read
+            return History(worker, sid, now_s, reason, clean=is_clean, tick=self.tick, ttl_s=ttl_s)
+        if is_clean is None:
+            is_clean = before.ended and before.clean
         past = PastLeader(before.worker, revision, before.since)
         return replace(
             before,
@@ -91,10 +96,10 @@ class Histories:
             sid=sid,
             since=now_s,
             reason=reason,
-            clean=before.ended and before.clean,
+            clean=is_clean,
             short_tenures=short_tenures,
             ended=False,
             tick=self.tick,
-            ttl_s=ttl_s,
+            ttl_s=ttl_s if is_clean else max(ttl_s, before.ttl_s),  # whoever follows may come before our wait is over
             previous=(past, *before.previous)[:PREVIOUS_MAX],
         )

@@ -83,6 +83,7 @@ class Passing:
                 ended=True,
                 tick=self._histories.tick,
                 short_tenures=(history.short_tenures + 1 if history else 1) if is_failure else 0,
+                ttl_s=max(session.ttl_s, history.ttl_s if history else 0.0),
             )
             writes: tuple[Op, ...] = (Delete(keys.leader(shard)), Put(keys.history(shard), encode(ended)))
             if heirs:
@@ -124,13 +125,25 @@ class Passing:
             return TargetGone(f"worker {want.target} is gone or leaving")
         try:
             history = await self._histories.last(shard)
-            moved = replace(
-                self._histories.next((history, revision), want.reason, want.target, want.target_sid, session.ttl_s),
-                clean=is_clean,
-                short_tenures=0,
+            former_ttl_s = max(session.ttl_s, history.ttl_s if history else 0.0)
+            ttl_s = want.ttl_s or session.ttl_s  # the new tenure stands on the target's lease
+            moved = self._histories.next(
+                (history, revision),
+                want.reason,
+                want.target,
+                want.target_sid,
+                ttl_s if is_clean else max(ttl_s, former_ttl_s),
+                is_clean=is_clean,
             )
             leader = LeaderRecord(worker=want.target, sid=want.target_sid)
-            offer = Offer(sid=want.target_sid, by=session.name, reason=want.reason, handoff=True, clean=is_clean)
+            offer = Offer(
+                sid=want.target_sid,
+                by=session.name,
+                reason=want.reason,
+                handoff=True,
+                clean=is_clean,
+                ttl_s=former_ttl_s,
+            )
             outcome = await self._store.commit(
                 Txn(
                     (

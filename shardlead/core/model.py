@@ -109,7 +109,9 @@ class History(Record):
     ended: bool = False  # written by resign: the tenure of `worker` is over and nobody has followed yet
     previous: tuple[PastLeader, ...] = ()
     tick: int = 0  # the cluster's, as the writer knew it: how long ago it was, whatever wall clocks say
-    ttl_s: float = 0.0  # of the lease that carries this tenure; what an unfenced successor waits is counted from it
+    ttl_s: float = 0.0
+    """Of the lease that carries this tenure, or of one before it that is longer and did not end cleanly: what an
+    unfenced successor waits is counted from it. 0: not known."""
 
 
 PREVIOUS_MAX: Final = 8
@@ -147,6 +149,7 @@ class Offer(Record):
     reason: str
     handoff: bool = False
     clean: bool = True  # with `handoff`: the former leader had closed its object and all its work had ended
+    ttl_s: float = 0.0  # with `handoff`: of the leases whose work may go on, if it is not clean; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,7 @@ class Want(Record):
     target_lease: int
     epoch_seen: int
     reason: str = ""
+    ttl_s: float = 0.0  # of the target's lease; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,17 +189,18 @@ class Claims:
 
     # --- what is won ---
 
-    def receive(self, shard: int, epoch: int, *, is_clean: bool) -> None:
-        """A handoff has given it to us. `is_clean`: all work of its former leader had ended.
+    def receive(self, shard: int, epoch: int, *, is_clean: bool, former_ttl_s: float) -> None:
+        """A handoff has given it to us. `is_clean`: all work of its former leader had ended; if not, it stood on a
+        lease of `former_ttl_s` at most.
 
         One that was adopted before its offer came waits for nothing any more if the offer, which is of this very
         epoch, says so."""
+        self._former_ttl_s[shard] = former_ttl_s
         if self._host.state(shard) == ownership.Waiting(epoch):
             if is_clean:
                 self._host.feed(shard, ownership.WaitOver(self._session.is_active))
             return
         must_wait = not self._host.fenced and not is_clean
-        self._former_ttl_s[shard] = self._session.ttl_s
         self._host.feed(shard, ownership.Won(epoch, self._session.is_active, must_wait))
 
     def adopt(self, shard: int, revision: int) -> None:
@@ -209,7 +210,7 @@ class Claims:
         if isinstance(state, ownership.Idle | ownership.Claiming) and epoch > state.dead_epoch:
             log.info("adopted a late claim", extra={"shard": shard, "epoch": epoch})
             self._metrics.claims.labels("adopted").inc()
-            self._former_ttl_s[shard] = self._session.ttl_s
+            self._former_ttl_s[shard] = self._election.former_ttl_s(shard)
             self._host.feed(shard, ownership.Won(epoch, self._session.is_active, must_wait=not self._host.fenced))
 
     async def clear(self, shard: int, revision: int) -> bool:

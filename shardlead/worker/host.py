@@ -345,6 +345,12 @@ class Host:
         wait_s = self.envoy.former_wait_s(shard)
         log.info("waiting: the former tenure did not end cleanly", extra={"shard": shard, "wait_s": round(wait_s, 2)})
         await asyncio.sleep(wait_s)
+        while entry.state == state and self.envoy is not None:
+            more_s = self.envoy.former_wait_s(shard) - wait_s
+            if more_s <= 0.0:
+                break
+            wait_s += more_s  # the offer came meanwhile, and says so
+            await asyncio.sleep(more_s)
         if entry.state == state:
             self.feed(shard, ownership.WaitOver(is_active=not self.is_suspended))
 

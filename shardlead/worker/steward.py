@@ -262,9 +262,9 @@ class Steward:
                 epoch = epoch_of(self._generation, kv.mod_revision)
                 if isinstance(state, ownership.Idle | ownership.Claiming) and state.dead_epoch < epoch:
                     self._metrics.handoffs.labels("in", "moved").inc()
-                    self._claims.receive(shard, epoch, is_clean=offer.clean)
+                    self._claims.receive(shard, epoch, is_clean=offer.clean, former_ttl_s=offer.ttl_s)
                 elif state == ownership.Waiting(epoch):  # a request's look-up was faster than the offer
-                    self._claims.receive(shard, epoch, is_clean=offer.clean)
+                    self._claims.receive(shard, epoch, is_clean=offer.clean, former_ttl_s=offer.ttl_s)
                 elif not ownership.epoch_led(state) and not isinstance(state, ownership.Idle | ownership.Claiming):
                     continue  # an earlier leadership is still ending here; then it is taken
                 done[shard] = kv.mod_revision

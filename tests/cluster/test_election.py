@@ -7,14 +7,16 @@ import pytest
 
 from shardlead.cluster.answers import Claimed, Done, LedBy, Nobody, NotYet, SessionOver, TargetGone
 from shardlead.cluster.batch import BATCH
+from shardlead.config import LeaseSettings
 from shardlead.core import duties
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, Offer, Want
 from shardlead.store.base import UNGUARDED, Delete, Outcome, Put, Txn
 from shardlead.store.etcd import EtcdStore
-from tests.cluster.stage import Actor, Stage, play
+from tests.cluster.stage import LEASE, Actor, Stage, play
 
 Play = Callable[[Callable[[Stage], Coroutine[Any, Any, None]]], None]
+LONG = LeaseSettings(ttl_s=9, renew_interval_s=0.5, margin_s=0.5)
 
 
 @pytest.fixture(params=["embedded", pytest.param("3.5", marks=pytest.mark.etcd)])
@@ -248,6 +250,54 @@ def test_a_past_that_cannot_be_read_did_not_end_cleanly(on_stage: Play) -> None:
         assert tenure.former_ttl_s == one.session.ttl_s
         assert not (await claimed(one, 3)).is_clean  # nor is it when the claim is repeated
         assert (await claimed(one, 4)).is_clean
+
+    on_stage(scene)
+
+
+def test_a_longer_lease_is_waited_for_whoever_leads_in_between(on_stage: Play) -> None:
+    """A tenure that was broken off while it waited has not made the wait of the next one shorter; a clean end has."""
+
+    async def scene(stage: Stage) -> None:
+        one, two, three = await stage.actor("w1", LONG), await stage.actor("w2"), await stage.actor("w3")
+        assert one.session.ttl_s > two.session.ttl_s
+        await claimed(one, 3)
+        await one.session.close()
+        assert (await claimed(two, 3)).former_ttl_s == one.session.ttl_s
+        assert (await claimed(two, 3)).former_ttl_s == one.session.ttl_s  # asked again
+        await two.session.close()
+        tenure = await claimed(three, 3)
+        assert tenure.former_ttl_s == one.session.ttl_s
+        await three.passing.resign(3, tenure.revision, (), is_clean=True, is_failure=False, why="stop")
+        four = await stage.actor("w4")
+        assert (await claimed(four, 3)).is_clean
+        await four.session.close()
+        five = await stage.actor("w5")
+        assert (await claimed(five, 3)).former_ttl_s == four.session.ttl_s
+
+    on_stage(scene)
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+@pytest.mark.parametrize("is_longer", [True, False])
+def test_after_a_handoff_the_targets_lease_is_waited_for(on_stage: Play, is_longer: bool, is_clean: bool) -> None:
+    """Its tenure stands on its lease; what an unclean handoff left behind, on the giver's, which the offer tells of."""
+
+    async def scene(stage: Stage) -> None:
+        one = await stage.actor("w1", LEASE if is_longer else LONG)
+        two = await stage.actor("w2", LONG if is_longer else LEASE)
+        epoch = (await claimed(one, 3)).revision
+        want, want_revision = await want_of(two, one, 3)
+        member = await two.member()
+        done = await one.passing.hand_off(3, epoch, want, want_revision, member, is_clean=is_clean)
+        assert isinstance(done, Done)
+        key = stage.keys.offer("w2", 3)
+        kv = await stage.get(key)
+        assert kv is not None
+        assert decode(Offer, key, kv.value).ttl_s == one.session.ttl_s
+        await two.session.close()
+        three = await stage.actor("w3")
+        left = two.session.ttl_s if is_clean else LONG.ttl_s
+        assert (await claimed(three, 3)).former_ttl_s == left
 
     on_stage(scene)
 

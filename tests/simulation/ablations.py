@@ -220,9 +220,9 @@ def _no_meta_compare(world: World) -> Iterator[None]:
 def _create_revision(world: World) -> Any:
     shipped = Claims.receive
 
-    def receive(self: Claims, shard: int, epoch: int, *, is_clean: bool) -> None:
+    def receive(self: Claims, shard: int, epoch: int, **how: Any) -> None:
         kv = world.etcd.get(world.keyspace.leader(shard))
-        shipped(self, shard, kv.create_revision if kv is not None else epoch, is_clean=is_clean)
+        shipped(self, shard, kv.create_revision if kv is not None else epoch, **how)
 
     return mock.patch.object(Claims, "receive", receive)
 
