@@ -200,9 +200,9 @@ class Session:
             return True
         return False
 
-    async def close(self) -> None:
-        """Revoke the lease, which deletes all its keys in one revision. Bounded; a store that is away ends it anyway
-        by expiry. Lost or not, the session is over afterwards."""
+    async def close(self) -> bool:
+        """Revoke the lease, which deletes all its keys in one revision; whether it is gone. Bounded; a store that is
+        away ends it anyway by expiry. Lost or not, the session is over afterwards."""
         self.lose(CLOSED)
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -211,6 +211,8 @@ class Session:
             pass
         except (StoreError, TimeoutError) as exc:
             log.warning("lease not revoked, it will expire", extra={"worker": self.name, "reason": str(exc)})
+            return False
+        return True
 
     # --- tasks ---
 

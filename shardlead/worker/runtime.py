@@ -334,6 +334,11 @@ class Worker:
             assert self._factory is not None, "sessions come after the start"
             self._will.declare(lease, self._settings.store, fenced=self._factory.fenced)
 
+    def _withdraw(self) -> None:
+        """The lease is gone. One that could not be revoked is left to the parent, who tries again once we are dead."""
+        if self._will is not None:
+            self._will.withdraw()
+
     def _name_is_taken(self, _kv: KeyValue) -> None:
         log.warning("worker name is taken by a living session, waiting for it to end", extra={"worker": self.name})
 
@@ -394,10 +399,8 @@ class Worker:
         self._host.lose_all("the session is lost")
         worker = self._settings.worker
         is_idle = await self._host.wait_idle(worker.cancel_grace_s + worker.close_timeout_s)
-        if is_idle or self._host.fenced:
-            await session.close()
-        if self._will is not None:
-            self._will.withdraw()
+        if (is_idle or self._host.fenced) and await session.close():
+            self._withdraw()
 
     # --- leaving ---
 
@@ -420,9 +423,8 @@ class Worker:
         await self._front.stop_accepting()
         await self._front.linger(worker.linger_s)
         work.cancel()
-        await session.close()
-        if self._will is not None:
-            self._will.withdraw()
+        if await session.close():
+            self._withdraw()
         log.info("left", extra={"worker": self.name})
         return True
 

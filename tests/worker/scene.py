@@ -30,6 +30,7 @@ from shardlead.worker.host import Host
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import Worker
 from shardlead.worker.steward import Steward
+from shardlead.worker.will import LastWill
 from tests.cluster.stage import SHARDS, Stage, SteppedClock, stage
 from tests.support.between import Between, Meddler
 
@@ -383,6 +384,7 @@ class Scene:
         lease: LeaseSettings = LEASE,
         explicit: Sequence[str] = (),
         cluster: ClusterSettings | None = None,
+        will: LastWill | None = None,
         **changes: Any,
     ) -> Player:
         script = script or Script()
@@ -411,6 +413,7 @@ class Scene:
             metrics=WorkerMetrics(CollectorRegistry()),
             explicit=explicit,
             exit_process=exits.append,
+            will=will,
         )
         return Player(self, worker, store, transport, script, clock, exits)
 

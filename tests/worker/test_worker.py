@@ -2,11 +2,13 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 
 from shardlead.cluster.bootstrap import raise_generation
@@ -14,10 +16,12 @@ from shardlead.config import ClusterSettings, LeaseSettings
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
 from shardlead.core.ownership import Due, Waiting
-from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, WriteUnknown
+from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, StoreUnavailable, WriteUnknown
+from shardlead.parent import WillReader
 from shardlead.store.base import Delete, Put
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import STORE_AWAY_S
+from shardlead.worker.will import LastWill
 from tests.cluster.stage import SHARDS
 from tests.worker.scene import SHORT, Player, Scene, Script, Step, play
 
@@ -269,6 +273,39 @@ def test_a_stop_without_a_store_ends_soon_after_its_deadline(on_scene: Play, is_
         assert loop.time() - began_s < SHORT.ttl_s + STORE_AWAY_S + 3.0
         assert len(scene.said("close", "w1")) == len(FEW)
         await scene.until_serving("w2", *FEW)
+
+    on_scene(act)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_lease_that_could_not_be_revoked_is_left_to_the_parent(on_scene: Play, is_lost: bool, is_away: bool) -> None:
+    """The last will is withdrawn once there is nothing left to revoke, and not before."""
+
+    async def act(scene: Scene) -> None:
+        ours, theirs = socket.socketpair()
+        with ours:
+            will = LastWill(theirs)
+            reader = WillReader(ours)
+            one = await scene.start("w1", will=will)
+            lease = one.lease
+            if is_away:
+                one.store.revoke = away  # type: ignore[method-assign]  # the rest of the store stays
+            if is_lost:
+                session = one.worker.session
+                assert session is not None
+                one.worker.stop()  # no other session follows, whose will would take the place of this one's
+                session.lose("the test")
+            else:
+                one.worker.stop()
+            await asyncio.wait_for(one.task, 15)
+            will.close()
+            while reader.read():
+                pass
+            assert orjson.loads(reader.last)["lease"] == (str(lease) if is_away else None)
+
+    async def away(lease: int) -> None:
+        raise StoreUnavailable(f"the test's own fault, lease {lease}")
 
     on_scene(act)
 
