@@ -40,6 +40,7 @@ class Gate(Generic[W]):
     ask_at_ns: int | None = None
     pause_ns: int = 0
     probe: W | None = None
+    asked: int = -1  # the number of the last one that asked
     _queue: dict[int, W] = field(default_factory=dict)
     _is_sorted: bool = True
     _last: int = -1
@@ -56,12 +57,17 @@ class Gate(Generic[W]):
             self._last = number
         self._queue[number] = waiting
 
-    def pop(self) -> W | None:
-        """The one that arrived first; None if nobody waits."""
+    def next_probe(self) -> W | None:
+        """Who asks next, and waits no more: they take turns, because what turns one down need not concern the others.
+        None if nobody waits."""
         self._sort()
-        for number in self._queue:
-            return self._queue.pop(number)
-        return None
+        number = next((number for number in self._queue if number > self.asked), None)
+        if number is None:
+            number = next(iter(self._queue), None)
+        if number is None:
+            return None
+        self.asked = number
+        return self._queue.pop(number)
 
     def remove(self, waiting: W) -> None:
         """It waits no more (its client left, or its time is over)."""

@@ -426,13 +426,13 @@ class Traffic(Generic[R]):
         if gate.probe is not None:
             self._open(gate)  # one was sent a pause ago and was not refused, which a worker does at once
             return
-        first = gate.pop()
-        if first is None:
+        request = gate.next_probe()
+        if request is None:
             gate.ask_at_ns = None
             gate.turned_down = 0  # nobody waits: the next to arrive may ask
             return
-        self._make_probe(gate, first, now)
-        self.happened(first, Happened.PAUSED)
+        self._make_probe(gate, request, now)
+        self.happened(request, Happened.PAUSED)
 
     def _make_probe(self, gate: Gate[R], request: R, now: int) -> None:
         """This one asks for all."""

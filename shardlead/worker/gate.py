@@ -174,6 +174,8 @@ class Gate:
         for name in [name for name in headers if name[:_RESERVED].lower() == RESERVED_PREFIX]:
             headers.popall(name, None)
         if status_line.startswith("101", _STATUS_AT):
+            if self._lead.draining.is_set():  # tunnels were closed when it began: the next leader may open this one
+                raise AnswerCut("the shard is being passed on")
             self.is_tunnel = True
             self._is_websocket = headers.get("Upgrade", "").lower() == "websocket"
             if self._on_tunnel is not None:

@@ -258,8 +258,12 @@ class Front:
             response = await self._handle(request, tenure)
             stale = self._stale_in(call, response if isinstance(response, web.HTTPException) else None)
             await self._send(response, request, gate)
-        except (AnswerCut, LeadershipError) as exc:
+        except AnswerCut:
+            pass
+        except LeadershipError as exc:
             stale = self._stale_in(call, exc) or stale
+            if stale is None and tenure.lead.is_valid(self._settings.handle_need_s):
+                failure = exc  # of another shard, or it asked for more time than a lease lasts: nothing is wrong here
         except asyncio.CancelledError as exc:
             if (
                 task.cancelling() == 0 and not self._is_closing

@@ -98,6 +98,31 @@ def test_bounds_on_holding() -> None:
     run(main)
 
 
+def test_a_request_that_is_turned_down_again_and_again_does_not_hold_up_its_shard() -> None:
+    """Those that wait take turns in asking: the others are answered long before that one's hold is over."""
+
+    async def main() -> None:
+        async with stage(hold_timeout_s=60.0) as here:
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                if request.target.endswith("?bad"):
+                    await request.refuse("suspended")
+                else:
+                    await request.answer(200, b"")
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            bad = asyncio.create_task(here.ask("GET", "/k/a?bad"))
+            await here.held(1)
+            for _ in range(3):
+                assert (await here.ask("POST", "/k/a", b"x")).status == 200
+                assert not bad.done()
+            bad.cancel()
+
+    run(main)
+
+
 def test_a_client_that_leaves_while_it_waits_is_not_sent() -> None:
     """Nothing is done for nobody, and its place is free."""
 

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from shardlead.clock import SystemClock
 from shardlead.core.ownership import Idle, Serving
-from shardlead.errors import Fenced, LeadershipLost
+from shardlead.errors import Fenced, LeadershipLost, NotLeading
 from shardlead.worker.gate import AnswerCut, _GuardedTransport
 from shardlead.worker.leadership import Leadership
 from tests.worker.stage import EPOCH, KEY, LOOPS, SHARD, Stage, peer, play, staged, until, words
@@ -103,9 +103,9 @@ def test_a_lost_leadership_cancels_its_handlers(loop: str, swallows: bool) -> No
     play(loop, main())
 
 
-@pytest.mark.parametrize("error", [LeadershipLost(SHARD, EPOCH, "checked"), Fenced(SHARD, EPOCH, EPOCH + 1)])
+@pytest.mark.parametrize("by", ["check", "fence"])
 def test_a_leadership_error_of_the_application_is_no_application_error(
-    loop: str, error: Exception, caplog: pytest.LogCaptureFixture
+    loop: str, by: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """lead.check() and a fence raise it: the rule of the failed guard applies. A fence's word makes a new epoch."""
 
@@ -114,13 +114,16 @@ def test_a_leadership_error_of_the_application_is_no_application_error(
 
             @stage.on("/x")
             async def checks(lead: Leadership, request: web.Request) -> web.Response:
+                if by == "check":
+                    stage.switch.is_on = False
+                    lead.check()
                 if lead.epoch == EPOCH:
-                    raise error
+                    raise Fenced(SHARD, EPOCH, EPOCH + 1)
                 return web.Response()
 
             answer = await router.ask("POST", "/x", body=b"1")
             assert (answer.status, answer.headers["shardlead-outcome"]) == (502, "unknown")
-            if isinstance(error, Fenced):
+            if by == "fence":
                 await until(lambda: stage.host.state(SHARD) == Serving(EPOCH + 1))
                 assert (await router.ask("GET", "/x", words(epoch=EPOCH + 1))).status == 200
             else:
@@ -129,6 +132,35 @@ def test_a_leadership_error_of_the_application_is_no_application_error(
 
     play(loop, main())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LeadershipLost(SHARD, EPOCH, "it asked for more time than there is"),
+        NotLeading(SHARD + 1, 0, reason="stale"),
+        Fenced(SHARD + 1, EPOCH, EPOCH + 1),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_error_that_says_nothing_of_a_good_leadership_is_the_applications_own(
+    loop: str, method: str, error: Exception
+) -> None:
+    """A refusal would speak for the whole shard, and routers would hold all its requests."""
+
+    async def main() -> None:
+        async with staged() as stage, peer(stage) as router:
+
+            @stage.on("/x")
+            async def fails(_lead: Leadership, _request: web.Request) -> web.Response:
+                raise error
+
+            answer = await router.ask(method, "/x", body=b"1" if method == "POST" else b"")
+            assert answer.status == 500
+            assert not {"shardlead-refused", "shardlead-outcome"} & set(answer.headers)
+            assert stage.host.state(SHARD) == Serving(EPOCH)
+
+    play(loop, main())
 
 
 def test_an_application_that_fails_because_it_lost_its_leadership_has_an_unknown_outcome(loop: str) -> None:
@@ -547,6 +579,34 @@ def test_a_websocket_works_and_closes_at_once_on_drain(loop: str, caplog: pytest
 
     play(loop, main())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_websocket_that_would_open_in_a_drain_is_for_the_next_leader(loop: str) -> None:
+    """Its handler took a while; the handoff waits for the handler, not for what it wanted to open."""
+
+    async def main() -> None:
+        async with staged() as stage, aiohttp.ClientSession() as session:
+            has_begun, may_open = asyncio.Event(), asyncio.Event()
+
+            @stage.on("/ws")
+            async def slowly(lead: Leadership, request: web.Request) -> web.StreamResponse:
+                has_begun.set()
+                await may_open.wait()  # it asks who this is, say
+                return await echo_messages(lead, request)
+
+            opening = asyncio.create_task(session.ws_connect(ws_url(stage), headers=words()))
+            await has_begun.wait()
+            stage.hand_over()
+            may_open.set()
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await opening
+            assert refused.value.status == 421
+            assert refused.value.headers is not None
+            assert refused.value.headers["Shardlead-Refused"] == "draining"
+            await stage.until(SHARD, Idle)
+            assert stage.speaker.passed
+
+    play(loop, main())
 
 
 def test_a_websocket_of_a_lost_leadership_is_reset(loop: str) -> None:
