@@ -97,11 +97,12 @@ class Counts:
 
 
 class Client:
-    """Entering reads the cluster's map, and follows it until left. Bounds and time-outs are those of the settings'
-    section `router`, with the same meaning.
+    """Entering reads the cluster's map, and follows it until left; a client is entered once. Bounds and time-outs are
+    those of the settings' section `router`, with the same meaning.
 
     `store`: URL of an etcd, several of them, or a Store of one's own, which is then not closed. Entering raises
-    StoreUnavailable if the store did not answer in time, ClusterMissing if nobody has created the cluster.
+    StoreUnavailable if the store did not answer in time, ClusterMissing if nobody has created the cluster, RuntimeError
+    if it is not the first time.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Client:
         self._pools: Pools | None = None
         self._task: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
+        self._was_entered = False
         self._news: asyncio.Future[None] | None = None  # set by the next change of the view
 
     def __repr__(self) -> str:
@@ -149,8 +151,10 @@ class Client:
     # --- its life
 
     async def __aenter__(self) -> Self:
+        if self._was_entered:
+            raise RuntimeError("a Client can be entered only once, even if it failed or was closed: make a new Client")
+        self._was_entered = True
         loop = asyncio.get_running_loop()
-        self._leave.clear()
         self._task = loop.create_task(self._live(), name=f"client of {self._cluster}")
         try:
             await self._view.wait_ready(READY_TIMEOUT_S)

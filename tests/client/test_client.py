@@ -748,6 +748,23 @@ def test_closing_the_client_ends_everything() -> None:
     scene(main)
 
 
+def test_a_client_is_entered_once() -> None:
+    """Neither while it is open nor after its end; what is under way goes on."""
+
+    async def main(here: ClientStage) -> None:
+        await led(here)
+        with pytest.raises(RuntimeError, match="make a new Client"):
+            await here.direct.__aenter__()
+        assert (await here.ask("GET", "/k/a")).status == 200
+        await here.direct.close()
+        with pytest.raises(RuntimeError, match="make a new Client"):
+            await here.direct.__aenter__()
+        with pytest.raises(Unserved, match="not open"):
+            await here.direct.leader("a")
+
+    scene(main)
+
+
 # --- for other protocols -------------------------------------------------------------------------------------------
 
 
