@@ -247,9 +247,12 @@ class Exchange:
         if self.state == ANSWERING:
             self.cut()
             return
+        answer = Answer(Problem(error.kind), error.status, error.detail)
+        if self.state == SENT:  # its worker may have admitted it: the 100, if none has come, may be on its way
+            answer = last_word(answer, self.head.method, self.repeats + 1)
         self._let_go()
         self.desk.withdraw(self)
-        self.fail(Answer(Problem(error.kind), error.status, error.detail))
+        self.fail(answer)
 
     def client_left(self) -> None:
         """The client's connection has ended."""

@@ -208,6 +208,35 @@ def test_a_body_that_stands_still_is_given_up() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_a_body_without_room_is_not_said_to_be_unprocessed_once_it_was_announced(method: str, is_sent: bool) -> None:
+    """The worker may have admitted the request before its 100 is here. While it is held, nothing was done."""
+
+    async def main() -> None:
+        async with stage(held_bytes_max=1_000) as here:
+            admitted = asyncio.Event()
+
+            async def script(_request: Request) -> None:
+                admitted.set()  # and works on it
+                await asyncio.Event().wait()
+
+            worker = await here.start("w1", script)
+            client = await here.client()
+            if is_sent:
+                await here.lead(worker)
+            head = request_bytes(method, "/k/a", Transfer_Encoding="chunked").replace(b"Content-Length: 0\r\n", b"")
+            await client.send(head + b"5\r\nbegun\r\n")
+            await (admitted.wait() if is_sent else here.held(1))
+            await client.send(b"7d0\r\n" + bytes(2_000) + b"\r\n")
+            answer = await client.answer()
+            is_unknown = is_sent and method == "POST"
+            expected = (502, "outcome-unknown") if is_unknown else (503, "overloaded")
+            assert (answer.status, answer.problem) == expected
+
+    run(main)
+
+
 # --- tunnels
 
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Key": "k"}
