@@ -79,11 +79,17 @@ async def dev(
         family = terminal.members()
         yield terminal
     finally:
-        if process.returncode is None:
+        was_killed = process.returncode is None
+        if was_killed:
             process.kill()
         await terminal.ended()
-    left = family & {row.pid for row in watchdog.table() if row.state not in "ZX"}
-    assert not left, f"still running: {left}\n{terminal.text}"
+    if was_killed:  # its watchdog sees to the others, and is the last to go
+        await settled(lambda: not running(family), timeout_s=10)
+    assert not running(family), f"still running: {running(family)}\n{terminal.text}"
+
+
+def running(family: set[int]) -> set[int]:
+    return family & {row.pid for row in watchdog.table() if row.state not in "ZX"}
 
 
 async def post(url: str, **options: Any) -> tuple[int, dict[str, Any]]:
@@ -201,7 +207,7 @@ def test_the_printed_line_starts_one_worker_more(tmp_path: Path) -> None:
                     _, said = await other.communicate()
                 assert other.returncode == 0, said
                 assert b"ttl_s=4" in said
-                await terminal.shows("w1 8")
+                await settled(lambda: terminal.lines[-1].endswith("  w1 8"), timeout_s=READY_S)
             finally:
                 watchdog.end([other.pid] if other.returncode is None else [])
                 await other.wait()
@@ -237,9 +243,7 @@ def test_a_killed_dev_leaves_nothing_running(tmp_path: Path) -> None:
             assert len(family) > 6, "dev, its watchdog, store, router, two workers and their parents"
             terminal.process.kill()
             await terminal.ended()
-            await settled(
-                lambda: not family & {row.pid for row in watchdog.table() if row.state not in "ZX"}, timeout_s=10
-            )
+            await settled(lambda: not running(family), timeout_s=10)
 
     asyncio.run(story())
 
