@@ -870,12 +870,13 @@ def test_an_address_that_refuses_connections_is_let_be_until_there_is_news() -> 
             attempts = here.router.counts.connects["failed"]
             assert 2 <= attempts <= 40, "16 at once, then one a pause"
             pool = next(iter(here.router.desk.pools.values()))
-            await here.true(lambda: pool._is_resting() and pool._failures > 4)
+            await here.true(lambda: pool._is_resting() and pool._failures > 4 and not pool._connecting)
+            pool._rests_until_s += 10 * WAIT_S  # so that nobody is answered in time who waits for the pause to end
             again = Worker("w1")
             await again.start(port=int(address.rpartition(":")[2]))
             here.workers["w2"] = again
             await here.lead(again)
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(WAIT_S):
                 for client in clients:
                     assert (await client.answer()).status == 200
             assert not pool._failures
