@@ -271,6 +271,8 @@ class ControllerSettings:
     """Planned moves under way at once, to or from one worker."""
     settle_s: SecondsOrNone = 1.0
     """Membership must be still for so long before shards move for evenness."""
+    return_wait_s: SecondsOrNone = 10.0
+    """A worker that was stopped is expected back for so long, or another in its place: nothing moves for evenness."""
     first_wait_max_s: SecondsOrNone = 5.0
     """At a first start, how long to wait for membership to be still."""
     brake_share: Annotated[float, Meta(ge=0, le=1)] = 0.5

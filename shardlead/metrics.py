@@ -320,7 +320,7 @@ class ControllerMetrics:
         self.leaderless = Gauge("shardlead_controller_leaderless", "Shards without a leader.", registry=registry)
         self.holds = Gauge(
             "shardlead_controller_held",
-            "1 while evenness moves are held, by reason: settling, frozen, brake.",
+            "1 while evenness moves are held, by reason: settling, returning, frozen, brake.",
             ["reason"],
             registry=registry,
         )

@@ -29,6 +29,7 @@ from shardlead.worker.will import LastWill
 log = logging.getLogger("shardlead.cli")
 
 LOOK_S: Final = 0.02
+PLACED_WAIT_S: Final = 2.0  # a controller places a newcomer within a tenth of a second; perhaps there is none
 JOIN_PAUSE_S: Final = 1.0
 
 
@@ -63,11 +64,13 @@ def run_worker(loaded: Loaded, application: str, *, is_fail_fast: bool) -> int:
                 companion=candidate if settings.worker.controller else None,
             )
 
+            is_begun = asyncio.Event()
+
             def why_not_ready() -> str:
                 if stop.asked.is_set():
                     return "leaving"
                 if worker.is_ready:
-                    return ""
+                    return "" if is_begun.is_set() else "no order of the controller names it yet"
                 return "no session yet" if worker.session is None else "the session is not active"
 
             admin = await stack.enter_async_context(
@@ -89,7 +92,7 @@ def run_worker(loaded: Loaded, application: str, *, is_fail_fast: bool) -> int:
                 return 0
             async with asyncio.TaskGroup() as tasks:
                 work = tasks.create_task(worker.run())
-                begun = tasks.create_task(_say_when_ready(worker, admin))
+                begun = tasks.create_task(_say_when_ready(worker, admin, is_begun))
                 asked = tasks.create_task(stop.asked.wait())
                 await asyncio.wait((work, asked), return_when=asyncio.FIRST_COMPLETED)
                 begun.cancel()
@@ -141,9 +144,12 @@ async def _joined(worker: Worker, settings: Settings, stack: AsyncExitStack, *, 
             return
 
 
-async def _say_when_ready(worker: Worker, admin: AdminServer) -> None:
+async def _say_when_ready(worker: Worker, admin: AdminServer, is_begun: asyncio.Event) -> None:
+    """Only a worker that can stand in for others is ready: whoever restarts a fleet one by one then stops the next."""
     while not worker.is_ready:  # noqa: ASYNC110  # it has no event; a session takes as long as it takes
         await asyncio.sleep(LOOK_S)
+    await worker.wait_placed(PLACED_WAIT_S)
+    is_begun.set()
     say_ready("worker", worker.name, worker.address, admin.address)
 
 

@@ -46,7 +46,12 @@ CLAIM_PAUSE_S: Final = 0.1
 RESIGN_TIMEOUT_S: Final = 1.0
 
 _CALM: Final = frozenset((Reason.FACT, Reason.SUCCESSORS, Reason.TIDY))
-_HOLD_LABELS: Final = {Hold.UNREST: "settling", Hold.FREEZE: "frozen", Hold.BRAKE: "brake"}
+_HOLD_LABELS: Final = {
+    Hold.UNREST: "settling",
+    Hold.RETURN: "returning",
+    Hold.FREEZE: "frozen",
+    Hold.BRAKE: "brake",
+}
 
 
 class SeatLost(Exception):  # noqa: N818, RUF100  # an event inside this module, not an error of the tree
@@ -181,7 +186,7 @@ class Controller:
 
     async def _hold_seat(self) -> None:
         """Look, plan and write until the seat or the session is gone (raises SeatLost)."""
-        picture = Picture(self._keyspace, self._settings.brake_window_s)
+        picture = Picture(self._keyspace, self._settings.brake_window_s, self._settings.return_wait_s)
 
         def on_change(change: Change) -> None:
             now_ns = self._heard_ns = self._clock.now_ns()
@@ -289,6 +294,8 @@ class Controller:
         limits = self._limits
         if Hold.UNREST in waits:
             pause_s = min(pause_s, max(GATHER_S, limits.stillness_s(snapshot.waited_s) - snapshot.still_for_s))
+        if Hold.RETURN in waits:
+            pause_s = min(pause_s, max(GATHER_S, snapshot.return_in_s))
         if Hold.COLD_START in waits:
             due_s = min(limits.settle_s - snapshot.still_for_s, limits.first_wait_max_s - snapshot.waited_s)
             pause_s = min(pause_s, max(GATHER_S, due_s))

@@ -12,9 +12,10 @@ from typing import Final
 
 from shardlead.clock import NS_PER_S
 from shardlead.cluster.mail import Facts
+from shardlead.controller.returning import Returning
 from shardlead.core.fleet import Fleet, fleet_of
 from shardlead.core.keyspace import Keyspace, Place
-from shardlead.core.model import Assignment, History, LeaderRecord, PastLeader
+from shardlead.core.model import Assignment, History, LeaderRecord, PastLeader, Tick
 from shardlead.core.planner import Copy, Led, Snapshot
 from shardlead.core.shardmap import Fact
 from shardlead.store.mirror import Change
@@ -29,7 +30,7 @@ _OF_FLEET: Final = frozenset(("meta", "seat", "freeze", "cordon", "drain", "pin"
 class Picture:
     """Everything that the planner looks at. `apply` takes a change, `snapshot` gives what stands now."""
 
-    def __init__(self, keyspace: Keyspace, brake_window_s: float) -> None:
+    def __init__(self, keyspace: Keyspace, brake_window_s: float, return_wait_s: float) -> None:
         self.fleet = Fleet()
         self.seat_revision = 0
         self._keyspace = keyspace
@@ -43,6 +44,9 @@ class Picture:
         self._troubled: set[int] = set()
         self._departed_ns: dict[str, int] = {}
         self._given_up_ns: dict[tuple[str, str], dict[int, int]] = {}  # worker and sid -> shard -> when
+        self._returning = Returning(return_wait_s)
+        self._is_loaded = False
+        self._tick = 0
         self._brake_window_ns = int(brake_window_s * NS_PER_S)
         self._changed_ns = 0
         self._was_cold = False
@@ -51,6 +55,7 @@ class Picture:
     def apply(self, change: Change, now_ns: int) -> bool:
         """Take a change; whether the planner could see a difference."""
         is_of_fleet = is_seen = False
+        histories: list[History] = []
         for kv in change.deletes:
             place = self._keyspace.parse(kv.key)
             if place is None:
@@ -68,6 +73,13 @@ class Picture:
             place = self._keyspace.parse(kv.key)
             if place is None:
                 continue
+            match fact.value if fact is not None else None:
+                case History() as history:
+                    histories.append(history)
+                case Tick(n):
+                    self._tick = n
+                case _:
+                    pass
             if place.kind not in _OF_FLEET:
                 is_seen |= self._take(place, fact)
             elif fact is None:
@@ -78,6 +90,9 @@ class Picture:
                 is_of_fleet = True
         if is_of_fleet or change.is_load:
             self._take_fleet(now_ns, is_load=change.is_load)
+        if change.is_load and not self._is_loaded:
+            self._is_loaded = True
+            self._returning.recall(histories, self.fleet, self._tick, now_ns)
         return is_seen or is_of_fleet or change.is_load
 
     def _take(self, place: Place, fact: Fact | None) -> bool:
@@ -131,6 +146,7 @@ class Picture:
         for name, member in before.members.items():
             if name not in sessions and member.record.state == "up":
                 self._departed_ns[name] = now_ns
+        self._returning.note(before, self.fleet, now_ns)
         self._led = {shard: self._understand(*record) for shard, record in self._records.items()}
 
     def snapshot(self, now_ns: int) -> Snapshot:
@@ -147,6 +163,7 @@ class Picture:
             known=frozenset(self._known),
             previous=dict(self._previous),
             still_for_s=(now_ns - self._changed_ns) / NS_PER_S,
+            return_in_s=self._returning.left_s(now_ns),
             departed=frozenset(self._departed_ns),
             shunned=self._shunned(now_ns),
             troubled=frozenset(self._troubled),

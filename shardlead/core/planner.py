@@ -12,7 +12,7 @@ Law, in order of precedence (design.md "Controller", protocol.md A.3):
    alone and steps in only where nobody in them is eligible.
 3. A worker that an operator drains gives its shards to their first eligible successors, within the bounds.
 4. A pinned shard goes to its worker, within the bounds, and stays.
-5. Freeze, brake and unrest hold back moves for evenness; those under way go on.
+5. Freeze, brake, unrest and a worker that is expected back hold back moves for evenness; those under way go on.
 6. Evenness: every worker leads its share (`core.shares`); as few shards as possible move.
 
 An order is (leader-to-be, successor, ...) and always contains the present leader, because only who stands in an order
@@ -61,6 +61,7 @@ class Snapshot:
       is no other.
     - `still_for_s`: how long membership has not changed; `waited_s`: how long ago this controller first saw the cold
       start that the cluster is in, or was in last.
+    - `return_in_s`: how much longer a worker that has stopped, and said so, is expected back (0: none is).
     - `departed`: workers that vanished lately without having said so; `shunned`: those that lately gave up shards
       they had got, one after the other: they get no more, nor succeed, while there are others.
     """
@@ -73,6 +74,7 @@ class Snapshot:
     previous: Mapping[int, PastLeader] = field(default_factory=dict)
     still_for_s: float = 1e9
     waited_s: float = 1e9
+    return_in_s: float = 0.0
     departed: frozenset[str] = frozenset()
     shunned: frozenset[str] = frozenset()
     troubled: frozenset[int] = frozenset()
@@ -126,6 +128,7 @@ class Hold(StrEnum):
     FREEZE = "frozen"
     BRAKE = "too much of the fleet has vanished"
     UNREST = "membership has just changed"
+    RETURN = "a worker that has stopped is expected back"
     BOUNDS = "enough moves are under way"
 
 
@@ -492,7 +495,9 @@ class _Planning:
         gone = len(self.snapshot.departed - self.fleet.members.keys())
         if gone > self.limits.brake_share * (gone + len(self.fleet.members)):
             return Hold.BRAKE
-        return Hold.UNREST if self.snapshot.still_for_s < self.limits.stillness_s(self.snapshot.waited_s) else None
+        if self.snapshot.still_for_s < self.limits.stillness_s(self.snapshot.waited_s):
+            return Hold.UNREST
+        return Hold.RETURN if self.snapshot.return_in_s > 0 else None
 
     # --- step 5: what should stand, against what does
 

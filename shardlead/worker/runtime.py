@@ -128,6 +128,7 @@ class Worker:
         self._front: Front | None = None
         self._factory: Factory | None = None
         self._session: Session | None = None
+        self._steward: Steward | None = None
         self._audit: AuditLog | None = None
         self._stopping = asyncio.Event()
 
@@ -149,6 +150,15 @@ class Worker:
     def led(self) -> dict[int, int]:
         """shard -> epoch, by this worker's own account."""
         return self._host.led() if self._host is not None else {}
+
+    async def wait_placed(self, timeout_s: float) -> None:
+        """Returns once others may stop without loss of evenness: the controller has made this worker a successor or a
+        leader in its present session. At the latest after `timeout_s`: no controller may live."""
+        if self._steward is None:
+            return
+        with contextlib.suppress(TimeoutError, StoreError):
+            async with asyncio.timeout(timeout_s):
+                await self._steward.wait_placed()
 
     def stop(self) -> None:
         """Begin to leave: hand over, let running requests end, revoke. `run` returns when it is done."""
@@ -361,7 +371,7 @@ class Worker:
             rng=self._rng,
             metrics=self._metrics,
         )
-        self._session = session
+        self._session, self._steward = session, steward
         if self._audit is not None:
             self._audit.begin_session(session)
         host.envoy = steward

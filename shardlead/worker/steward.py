@@ -44,6 +44,8 @@ RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants, an
 RESIGN_AFTER_MAX_S: Final = 3.0
 WANT_TRIPS: Final = 4  # of a want: our record's event, a look at the leaders, the want, its event
 STILL_MINE_S: Final = 1.0
+PLACED_AFTER_NS: Final = 100_000_000  # the controller's transactions follow each other faster
+PLACED_LOOK_S: Final = 0.02
 
 
 class Steward:
@@ -114,6 +116,7 @@ class Steward:
         self._draining_since_ns = 0
         self._patience_s = RESIGN_AFTER_S
         self._is_loaded = False
+        self._ordered_ns = 0  # when orders came that are newer than the session
         self._unread: set[int] = set()  # shards whose orders have not been held against the fleet yet
         host.on_settled = self._settled
         session.on_change = self._session_changed
@@ -163,6 +166,21 @@ class Steward:
     def _wake(self) -> None:
         self._woken.set()
 
+    async def wait_placed(self) -> None:
+        """Returns once the controller reckons with this session: orders written since it began name it, and no more
+        came for a moment. At once where there is nobody to succeed: nothing is led yet, or nobody else is there. Has no
+        bound of its own: nothing is ordered of who is cordoned, nor while no controller lives. Raises StoreError."""
+        if await self._courier.leaders_count() == 0:
+            return
+        while not self._is_placed():  # noqa: ASYNC110  # time alone makes it true
+            await asyncio.sleep(PLACED_LOOK_S)
+
+    def _is_placed(self) -> bool:
+        fleet = self.view.fleet
+        if self._is_loaded and not any(fleet.is_up(name) for name in fleet.members if name != self.session.name):
+            return True
+        return 0 < self._ordered_ns < self._clock.now_ns() - PLACED_AFTER_NS
+
     def _inbox_changed(self, ordered: Collection[int]) -> None:
         eviction = self.inbox.eviction
         if eviction is not None and eviction.record.sid == self.session.sid:
@@ -183,6 +201,8 @@ class Steward:
         since = self.session.create_revision  # what was ordered before is nobody's news; `own_orders` are tried once
         known = self.view.mirror.revision
         news = {shard: order for shard, order in orders.items() if order.mod_revision > since}
+        if news:
+            self._ordered_ns = self._clock.now_ns()
         self._claims.after_end(duties.claims_after_news(news, fleet, known, me))
         self._unread = {shard for shard, order in news.items() if order.mod_revision > known}
         self._wake()

@@ -26,7 +26,7 @@ class Store:
     """Feeds a picture by hand; the time is in seconds."""
 
     def __init__(self) -> None:
-        self.picture = Picture(KEYS, brake_window_s=30.0)
+        self.picture = Picture(KEYS, brake_window_s=30.0, return_wait_s=10.0)
         self.now_s = 1_000.0
         self.revision = 0
         self.kvs: dict[bytes, KeyValue] = {}
@@ -241,3 +241,86 @@ def test_whoever_hands_over_stops_or_dies_is_not_shunned() -> None:
     store.join("a", state="draining")
     store.delete(KEYS.leader(3))
     assert store.snapshot().shunned == frozenset()
+
+
+# --- who stops is expected back ---
+
+
+def stop(store: Store, name: str) -> None:
+    """As a worker does that is told to."""
+    store.join(name, state="draining")
+    store.delete(KEYS.worker(name))
+
+
+def test_who_stops_is_expected_back_for_a_while() -> None:
+    """From the moment it says so; counted anew from when it is gone; until it is back under any session."""
+    store = Store()
+    store.join("a")
+    store.join("b")
+    assert store.snapshot().return_in_s == 0
+    store.join("b", state="draining")
+    assert store.snapshot().return_in_s == 10
+    store.now_s += 4
+    assert store.snapshot().return_in_s == 6
+    store.delete(KEYS.worker("b"))
+    assert store.snapshot().return_in_s == 10
+    store.now_s += 9
+    assert store.snapshot().return_in_s == 1
+    store.join("b", "another")
+    assert store.snapshot().return_in_s == 0
+
+
+def test_who_does_not_come_back_is_not_waited_for_longer() -> None:
+    """Nor is one that takes ever so long to stop."""
+    store = Store()
+    for name in ("a", "b", "c"):
+        store.join(name)
+    stop(store, "a")
+    store.join("b", state="draining")
+    store.now_s += 10
+    assert store.snapshot().return_in_s == 0
+
+
+def test_another_worker_in_its_place_is_as_good() -> None:
+    """Fleets whose workers get new names with each start: one that comes, one less to expect."""
+    store = Store()
+    for name in ("a", "b"):
+        store.join(name)
+    stop(store, "a")
+    store.now_s += 1
+    stop(store, "b")
+    store.join("c")
+    assert store.snapshot().return_in_s == 10
+    store.join("d")
+    assert store.snapshot().return_in_s == 0
+
+
+def test_who_dies_or_was_drained_by_an_operator_is_not_expected() -> None:
+    """A death is the brake's business; whoever was emptied first is to go for good."""
+    store = Store()
+    for name in ("a", "b"):
+        store.join(name)
+    store.delete(KEYS.worker("a"))
+    assert store.snapshot().return_in_s == 0
+    store.put(KEYS.drain("b"), Wish("me"))
+    stop(store, "b")
+    assert store.snapshot().return_in_s == 0
+
+
+def test_a_new_controller_knows_who_has_just_left() -> None:
+    """The one that stops may hold the seat itself; the next reads from the histories whose shards have just changed
+    hands. One that left long ago, by the cluster's ticks, is not expected."""
+    before = Store()
+    before.join("a")
+    before.put(KEYS.tick, Tick(100))
+    before.put(KEYS.history(3), History("a", "sid-a", 0.0, "x", previous=(PastLeader("gone", 9, 0.0),), tick=99))
+    before.put(KEYS.history(4), History("a", "sid-a", 0.0, "x", previous=(PastLeader("long-gone", 9, 0.0),), tick=94))
+    load = Change(before.revision, tuple(before.kvs.values()), (), is_load=True)
+
+    store = Store()
+    store.picture.apply(load, int(store.now_s * NS_PER_S))
+    assert store.snapshot().return_in_s == 10
+    store.join("long-gone")
+    store.now_s += 1
+    store.picture.apply(load, int(store.now_s * NS_PER_S))
+    assert store.snapshot().return_in_s == 0, "another has come; a later load of the same tells nothing new"

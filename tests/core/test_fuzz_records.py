@@ -315,7 +315,7 @@ def test_nothing_in_the_store_stops_a_map_a_picture_or_a_plan(kvs: list[KeyValue
     for batch in data.draw(cut_list(facts)):
         shown, _ = shown.apply(batch, (), max((fact.mod_revision for fact in batch), default=0))
     assert all(0 < leader.epoch < 2**53 for _, leader in shown.leaders())
-    picture = Picture(KEYS, 30.0)
+    picture = Picture(KEYS, 30.0, 10.0)
     last = {kv.key: kv for kv in kvs}
     picture.apply(Change(2**48, tuple(last.values()), (), is_load=True), 1)
     made = plan(picture.snapshot(10**12), Limits())

@@ -131,6 +131,14 @@ class Teller:
     def still(self) -> None:
         self.world.still_for_s = QUIET_S
 
+    @phrase(r"a worker that has stopped is expected back for ([\d.]+) s more")
+    def expected(self, seconds: str) -> None:
+        self.world.return_in_s = float(seconds)
+
+    @phrase(r"nobody is expected back")
+    def unexpected(self) -> None:
+        self.world.return_in_s = 0.0
+
     @phrase(r"nobody counts as departed")
     def nobody_departed(self) -> None:
         self.world.departed.clear()

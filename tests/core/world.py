@@ -34,6 +34,7 @@ class World:
         self.shunned: set[str] = set()
         self.troubled: set[int] = set()
         self.still_for_s = self.waited_s = QUIET_S
+        self.return_in_s = 0.0
         self.moved: Counter[int] = Counter()
         self.last = Plan()
         self._tenure: dict[int, PastLeader] = {}
@@ -59,6 +60,7 @@ class World:
             previous=dict(self.previous),
             still_for_s=self.still_for_s,
             waited_s=self.waited_s,
+            return_in_s=self.return_in_s,
             departed=frozenset(self.departed),
             shunned=frozenset(self.shunned),
             troubled=frozenset(self.troubled),

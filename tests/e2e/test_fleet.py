@@ -141,8 +141,9 @@ def test_an_operators_drain_and_moves_fail_no_request(fleet: Scene) -> None:
 
 def test_a_rolling_restart_fails_no_request(fleet: Scene, is_long: bool) -> None:
     """All workers restarted one after another, several times over, with POSTs of 0 bytes and 1 MiB on kept-alive
-    connections: not one request fails, and in a round a shard moves away and back at most, on average. (The planner's
-    tests hold the exact promise, for restarts that follow each other within `settle_s`.)"""
+    connections: not one request fails. In the first round each is stopped as soon as the one before it says that it is
+    ready: a shard moves 1 + 2/N times on average, here 107 moves for 64 shards, and a few more where a shutdown
+    outruns an order."""
     prefix = fleet.prefix("roll")
 
     async def story() -> tuple[Ledger, Counter[int]]:
@@ -167,7 +168,7 @@ def test_a_rolling_restart_fails_no_request(fleet: Scene, is_long: bool) -> None
     print(f"rolling restart: {sum(moved.values()) / SHARDS:.2f} moves a shard, at most {max(moved.values())}")
     assert ledger.failures() == [], ledger.summary()
     assert sum(entry.body_bytes > 0 for entry in ledger.entries) > 10
-    assert sum(moved.values()) <= 2.05 * SHARDS
+    assert sum(moved.values()) <= 1.75 * SHARDS
     check_counts(fleet, ledger, prefix)
 
 

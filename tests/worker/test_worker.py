@@ -95,6 +95,25 @@ def test_two_deaths_at_once_leave_the_last_in_the_order(on_scene: Play) -> None:
     on_scene(act)
 
 
+def test_a_newcomer_is_placed_once_an_order_of_its_session_names_it(on_scene: Play) -> None:
+    """Orders from before its session do not count; nor does it wait where there is nobody to succeed, or for ever."""
+
+    async def act(scene: Scene) -> None:
+        one = await scene.start("w1")
+        await one.worker.wait_placed(10.0)  # alone, and nothing is led
+        await scene.assign(orders("w1", "w2"))
+        await scene.until_serving("w1", *FEW)
+        await one.worker.wait_placed(10.0)  # alone still
+        two = await scene.start("w2")
+        placed = asyncio.create_task(two.worker.wait_placed(10.0))
+        await two.worker.wait_placed(0.5)  # longer than the moment for which no more orders must come
+        assert not placed.done()
+        await scene.assign({9: ("w1", "w2")})
+        await placed
+
+    on_scene(act)
+
+
 def test_a_name_that_comes_back_claws_nothing_back(on_scene: Play) -> None:
     """Its old orders count as absent for wants; a new one counts."""
 
