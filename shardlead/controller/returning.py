@@ -23,7 +23,7 @@ class Returning:
 
     def note(self, before: Fleet, after: Fleet, now_ns: int) -> None:
         """The fleet has changed: who began to stop or is gone is expected; each who came is one less to expect."""
-        for name in before.members.keys() | after.members.keys():
+        for name in sorted(before.members.keys() | after.members.keys()):
             is_stopping, was_stopping = _is_stopping(after, name), _is_stopping(before, name)
             is_gone = name not in after.members
             if (is_stopping and not was_stopping) or (is_gone and was_stopping):
