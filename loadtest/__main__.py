@@ -5,7 +5,12 @@ import importlib.util
 import sys
 from typing import Final
 
-MEASUREMENTS: Final = {"cost": "loadtest.cost", "route": "loadtest.route", "client": "loadtest.client_cost"}
+MEASUREMENTS: Final = {
+    "cost": "loadtest.cost",
+    "route": "loadtest.route",
+    "client": "loadtest.client_cost",
+    "memory": "loadtest.memory",
+}
 
 
 def main(arguments: list[str]) -> int:

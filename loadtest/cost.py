@@ -11,6 +11,7 @@ upstreams) in a real store.
 import argparse
 import asyncio
 import contextlib
+import functools
 import statistics
 import sys
 import tempfile
@@ -70,13 +71,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--targets", type=figures.names(TARGETS), default=list(TARGETS), help="which, with commas between"
     )
+    parser.add_argument(
+        "--traced",
+        action="store_true",
+        help="each request has a trace id of its own; without it only keys differ from request to request",
+    )
     parser.add_argument("--json", type=figures.file, metavar="FILE", help="write the figures here, too")
     asked = parser.parse_args(arguments)
     shapes = [(0, 32)] if asked.quick else [(size, count) for size in peers.SIZES for count in CONNECTIONS]
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else ROUNDS)
     round_s = asked.round_s or (QUICK_ROUND_S if asked.quick else ROUND_S)
     try:
-        rows = asyncio.run(measure(asked.targets, shapes, rounds, round_s, say=lambda text: print(text, flush=True)))
+        measuring = measure(
+            asked.targets, shapes, rounds, round_s, is_traced=asked.traced, say=lambda text: print(text, flush=True)
+        )
+        rows = asyncio.run(measuring)
     except KeyboardInterrupt:
         return 130
     except ShardleadError as exc:
@@ -91,6 +100,7 @@ async def measure(
     rounds: int,
     round_s: float,
     *,
+    is_traced: bool = False,
     say: Callable[[str], object],
 ) -> list[Row]:
     """All targets over all shapes (body bytes, connections). Raises CommandError if a tool is missing."""
@@ -119,7 +129,16 @@ async def measure(
                 for name in targets:
                     address, pids = addresses[name]
                     url = f"http://{address}/{size}"
-                    sample = await asyncio.to_thread(_sample, url, pids, connections, round_s, other, folder)
+                    load = functools.partial(
+                        wrk.run,
+                        url,
+                        connections=connections,
+                        duration_s=round_s,
+                        core=other,
+                        folder=folder,
+                        is_traced=is_traced,
+                    )
+                    sample = await asyncio.to_thread(_sample, load, pids)
                     samples[name].append(sample)
             for row in _rows(samples, size, connections):
                 rows.append(row)
@@ -166,12 +185,12 @@ def _peer(name: str, port: int, upstreams: Sequence[int], *, core: int, folder: 
         yield proxy
 
 
-def _sample(url: str, pids: Sequence[int], connections: int, round_s: float, other: int, folder: Path) -> Sample:
+def _sample(load: Callable[[], wrk.Found], pids: Sequence[int]) -> Sample:
     before = cpu_time(pids)
-    found = wrk.run(url, connections=connections, duration_s=round_s, core=other, folder=folder)
+    found = load()
     used = cpu_time(pids) - before
     if found.bad or not found.requests:
-        raise CommandError(f"{found.bad} of {found.requests} requests to {url} failed; a cost without answers is none")
+        raise CommandError(f"{found.bad} of {found.requests} requests failed; a cost without answers is none")
     return Sample(
         found.requests / used.total_s,
         used.user_s / found.requests * 1e6,

@@ -19,6 +19,15 @@ SECONDS_MAX: Final = 600.0
 Number = TypeVar("Number", int, float)
 
 
+def number(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: a whole number within these."""
+
+    def parse(text: str) -> int:
+        return _within(int(text), low, high)
+
+    return parse
+
+
 def count(text: str) -> int:
     """For argparse: a number of rounds or connections."""
     return _within(int(text), 1, COUNT_MAX)

@@ -17,7 +17,7 @@ KEYS: Final = 1_000
 _SLACK_S: Final = 30.0
 
 _SCRIPT: Final = """
-local requests, at = {}, 0
+local requests, at, sent, is_traced = {}, 0, 0, %(is_traced)s
 init = function(arguments)
   for number = 1, %(keys)d do
     requests[number] = wrk.format("GET", nil, {["%(header)s"] = "customer-" .. number})
@@ -25,7 +25,10 @@ init = function(arguments)
 end
 request = function()
   at = at %% %(keys)d + 1
-  return requests[at]
+  if not is_traced then return requests[at] end
+  sent = sent + 1
+  local trace = string.format("traceparent: 00-0af7651916cd43dd84480000%%08x-b7ad6b7169203331-01", sent)
+  return requests[at]:sub(1, -3) .. trace .. "\\r\\n\\r\\n"
 end
 done = function(summary, latency, requests)
   local errors = summary.errors
@@ -50,10 +53,12 @@ class Found:
     max_us: int
 
 
-def run(url: str, *, connections: int, duration_s: float, core: int, folder: Path) -> Found:
-    """GET `url` with keys that take turns, over so many connections. Raises CommandError."""
+def run(url: str, *, connections: int, duration_s: float, core: int, folder: Path, is_traced: bool = False) -> Found:
+    """GET `url` with keys that take turns, over so many connections; with `is_traced` each request has a trace id of
+    its own. Raises CommandError."""
     script = folder / "keys.lua"
-    script.write_text(_SCRIPT % {"keys": KEYS, "header": KEY_HEADER}, encoding="ascii")
+    blanks = {"keys": KEYS, "header": KEY_HEADER, "is_traced": str(is_traced).lower()}
+    script.write_text(_SCRIPT % blanks, encoding="ascii")
     words = ["taskset", "-c", str(core), tool("wrk"), "-t1", f"-c{connections}", f"-d{max(1, round(duration_s))}s"]
     words += ["--timeout", "10s", "-s", str(script), url]
     done = subprocess.run(words, capture_output=True, text=True, timeout=duration_s + _SLACK_S, check=False)

@@ -46,6 +46,8 @@ def test_a_wrong_command_line_is_told() -> None:
         ("client", "--targets", "aiohttp,squid"),
         ("cost", "--rounds", "-1"),
         ("cost", "--json", "/"),
+        ("memory", "--idle", "0"),
+        ("memory", "--bytes", "1e9"),
     ):
         done = measure(*arguments, what=what)
         assert done.returncode == 2
@@ -69,6 +71,22 @@ def test_the_smart_client_is_held_against_others(tmp_path: Path) -> None:
     ]
     assert all(row["rps"] > 0 and row["requests_per_cpu_s"] > 0 for row in rows)
     assert all(row["ratio_rps"] == row["ratio_cpu"] == 1 for row in rows if row["target"] == "client")
+
+
+def test_the_routers_memory_is_measured(tmp_path: Path) -> None:
+    """A row for each; the exit code is about the promises."""
+    file = tmp_path / "memory.json"
+    done = measure("--seconds", "0.5", "--bytes", "2000000", "--idle", "50", "--json", str(file), what="memory")
+    assert done.returncode in (0, 1), done.stderr
+    assert (done.returncode == 1) == ("BROKEN" in done.stdout)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["target"], row["connections"], row["body_bytes"]) for row in rows] == [
+        ("download", 1, 2_000_000),
+        ("upload", 1, 2_000_000),
+        ("idle", 50, 0),
+        ("busy", 512, 0),
+    ]
+    assert all(row["before_kib"] > 10_000 for row in rows), "the router itself, at least"
 
 
 def test_broken_promises_are_found() -> None:
