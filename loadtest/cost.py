@@ -138,7 +138,7 @@ async def measure(
                         folder=folder,
                         is_traced=is_traced,
                     )
-                    sample = await asyncio.to_thread(_sample, load, pids)
+                    sample = await asyncio.to_thread(_sample, name, load, pids)
                     samples[name].append(sample)
             for row in _rows(samples, size, connections):
                 rows.append(row)
@@ -185,12 +185,12 @@ def _peer(name: str, port: int, upstreams: Sequence[int], *, core: int, folder: 
         yield proxy
 
 
-def _sample(load: Callable[[], wrk.Found], pids: Sequence[int]) -> Sample:
+def _sample(name: str, load: Callable[[], wrk.Found], pids: Sequence[int]) -> Sample:
     before = cpu_time(pids)
     found = load()
     used = cpu_time(pids) - before
     if found.bad or not found.requests:
-        raise CommandError(f"{found.bad} of {found.requests} requests failed; a cost without answers is none")
+        raise CommandError(f"{name}: {found.bad} of {found.requests} requests failed; a cost without answers is none")
     return Sample(
         found.requests / used.total_s,
         used.user_s / found.requests * 1e6,

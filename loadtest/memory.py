@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -93,8 +93,9 @@ async def measure(seconds: float, body_bytes: int, idle: int, *, say: Callable[[
         for target, size in (("download", body_bytes), ("upload", body_bytes)):
             before = resident_bytes(pid)
             _forget_peak(pid)
-            async with asyncio.timeout(BULK_TIMEOUT_S):
-                await (_download if target == "download" else _upload)(port, size)
+            with _told(f"{target} of {size} bytes through the router"):
+                async with asyncio.timeout(BULK_TIMEOUT_S):
+                    await (_download if target == "download" else _upload)(port, size)
             note(target, 1, size, (_peak_bytes(pid) - before) / KIB, before / KIB)
         before = resident_bytes(pid)
         async with contextlib.AsyncExitStack() as opened:
@@ -129,6 +130,20 @@ def _head(method: str, path: str, number: int = 0, length: int = 0) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nHost: bulk\r\n{KEY_HEADER}: key-{number}\r\n{length_line}\r\n".encode()
 
 
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever ends the connections of `what`, as one CommandError."""
+    try:
+        yield
+    except Exception as exc:
+        first = exc
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        if not isinstance(first, (CommandError, OSError, EOFError, asyncio.LimitOverrunError)):
+            raise
+        raise CommandError(f"{what}: {str(first) or 'it took too long'}") from exc
+
+
 async def _open(port: int, count: int, stack: contextlib.AsyncExitStack) -> None:
     """So many connections that have each had one answer, open until the stack is left."""
     gate = asyncio.Semaphore(OPENING)
@@ -139,12 +154,10 @@ async def _open(port: int, count: int, stack: contextlib.AsyncExitStack) -> None
             stack.callback(writer.close)
             await _ask(reader, writer, number)
 
-    try:
+    with _told(f"{count} connections to the router"):
         async with asyncio.TaskGroup() as group:
             for number in range(count):
                 group.create_task(one(number))
-    except* (OSError, asyncio.IncompleteReadError) as errors:
-        raise CommandError(f"{count} connections to the router: {errors.exceptions[0]}") from errors
 
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
@@ -189,20 +202,22 @@ async def _busy(port: int, pid: int, seconds: float) -> tuple[int, int]:
     is_over = asyncio.Event()
 
     async def one(number: int) -> None:
-        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(LOOPBACK, port)
         with contextlib.closing(writer):
             while not is_over.is_set():
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await _ask(reader, writer, number)
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(CONNECTIONS):
-            group.create_task(one(number))
-        await asyncio.sleep(seconds / 6)
-        begin = resident_bytes(pid)
-        await asyncio.sleep(seconds * 5 / 6)
-        end = resident_bytes(pid)
-        is_over.set()
+    with _told(f"{CONNECTIONS} busy connections to the router"):
+        async with asyncio.TaskGroup() as group:
+            for number in range(CONNECTIONS):
+                group.create_task(one(number))
+            await asyncio.sleep(seconds / 6)
+            begin = resident_bytes(pid)
+            await asyncio.sleep(seconds * 5 / 6)
+            end = resident_bytes(pid)
+            is_over.set()
     return begin, end
 
 

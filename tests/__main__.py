@@ -7,7 +7,7 @@
     python -m tests PATH ...   pytest alone, with these arguments
 
 Every step runs, whatever the ones before it said; the last line counts, and the exit code is 0 only if all passed.
-Tests of parts mostly wait (for leases to end, for sockets), so they run in two lanes side by side; those of whole
+Tests of parts mostly wait (for leases to end, for sockets), so they run in three lanes side by side; those of whole
 clusters (tests/e2e) measure times and run alone, afterwards; random faults (tests/e2e/faults) come last. The
 simulation, which has a time of its own, takes what the others leave of the cores, and stands still while times are
 measured.
@@ -32,8 +32,11 @@ ROOT: Final = Path(__file__).parents[1]
 TREES: Final = ("shardlead", "tests", "loadtest")
 SLOWEST: Final = 10
 SHOW_EVERY_S: Final = 1.0
-WAITING: Final = ("bugs_of_others", "cluster", "controller", "interop", "loadtest", "store", "support")
-"""The folders of the first lane: about half of the time."""
+LANES: Final = (
+    ("bugs_of_others", "cluster", "controller", "loadtest", "support"),
+    ("client", "core", "interop", "parent", "store", "worker"),
+)
+"""The folders of the first lanes, each about a third of the time; the last lane has all others."""
 HALF: Final = "etcd or test_dev_command"
 """The whole clusters of one lane: about half of the time, too."""
 FAULTS_LATER: Final = "--ignore=tests/e2e/faults"
@@ -99,16 +102,15 @@ def imports() -> Step:
 
 
 def tests(arguments: list[str]) -> Step:
-    """pytest over everything, two lanes side by side: the parts, then whole clusters. They mostly wait."""
+    """pytest over everything, lanes side by side: the parts, then whole clusters. They mostly wait."""
     headline("tests")
     began = time.monotonic()
-    waiting = [f"tests/{name}" for name in WAITING]
-    alone = ["tests/e2e", "tests/simulation"]
-    others = ["tests", *(f"--ignore={path}" for path in (*waiting, *alone))]
+    named = [name for lane in LANES for name in lane]
+    others = ["tests", *(f"--ignore=tests/{name}" for name in (*named, "e2e", "simulation"))]
     with tempfile.TemporaryDirectory(prefix="shardlead-check-") as name:
         folder = Path(name)
         lanes = [
-            Lane(" ".join(WAITING), [*arguments, *waiting], folder),
+            *(Lane(" ".join(lane), [*arguments, *(f"tests/{name}" for name in lane)], folder) for lane in LANES),
             Lane("all others", [*arguments, *others], folder),
         ]
         simulation = Lane("simulation", [*arguments, "tests/simulation"], folder, is_patient=True)

@@ -1,11 +1,19 @@
 """The measurements without scenarios: they say what they measured, and what does not hold."""
 
+import asyncio
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from loadtest import memory
 from loadtest.route import Row, broken
+from shardlead.errors import CommandError
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +95,21 @@ def test_the_routers_memory_is_measured(tmp_path: Path) -> None:
         ("busy", 512, 0),
     ]
     assert all(row["before_kib"] > 10_000 for row in rows), "the router itself, at least"
+
+
+def test_a_router_that_is_gone_is_told() -> None:
+    """Its connections fail by the hundred; one message says so."""
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+
+        async def idle() -> None:
+            async with contextlib.AsyncExitStack() as opened:
+                await memory._open(port, 3, opened)
+
+        for measured in (idle(), memory._busy(port, os.getpid(), 0.6)):
+            with pytest.raises(CommandError, match=r"connections to the router: .*Connect call failed"):
+                asyncio.run(measured)
 
 
 def test_broken_promises_are_found() -> None:

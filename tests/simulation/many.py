@@ -4,12 +4,14 @@
     python -m tests simulate --seeds 20000 --first-seed 5000     the long form
     python -m tests simulate --scenario store --first-seed 17 --seeds 1 --trace
 
-A seed that fails is told with the command that runs it alone. The exit code is 1 if any did.
+A seed that fails is told with the command that runs it alone. The exit code is 1 if any did. Ctrl-C ends it with the
+sum so far, and exit code 130.
 """
 
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -36,8 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     names = asked.scenario or list(ALL if asked.all else SCENARIOS)
     jobs = [(name, seed) for seed in range(asked.first_seed, asked.first_seed + asked.seeds) for name in names]
     if asked.trace:
-        return _traced(jobs)
-    return 0 if report(runs(jobs, asked.processes), len(jobs)) else 1
+        try:
+            return _traced(jobs)
+        except KeyboardInterrupt:
+            return 130
+    return report(runs(jobs, asked.processes), len(jobs))
 
 
 def _traced(jobs: Sequence[tuple[str, int]]) -> int:
@@ -62,38 +67,48 @@ def runs(jobs: Sequence[tuple[str, int]], processes: int) -> Iterator[Outcome]:
     alone."""
     os.environ["PYTHONHASHSEED"] = "0"
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, maxtasksperchild=200) as pool:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process, not for these
+    try:
+        pool = context.Pool(processes, maxtasksperchild=200)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with pool:
         yield from pool.imap_unordered(_run, jobs, chunksize=4)
 
 
-def report(outcomes: Iterator[Outcome], total: int) -> bool:
-    """Print progress and what failed; whether nothing did."""
+def report(outcomes: Iterator[Outcome], total: int) -> int:
+    """Print progress and what failed, at Ctrl-C too; the exit code."""
     began = shown = time.monotonic()
     done, failed, virtual_s, requests, leaderships = 0, [], 0.0, 0, 0
     names = Counter[str]()
-    for outcome in outcomes:
-        done += 1
-        virtual_s += outcome.virtual_s
-        requests += outcome.requests
-        leaderships += outcome.leaderships
-        if outcome.violations:
-            failed.append(outcome)
-            names.update({violation.name for violation in outcome.violations})
-            if len(failed) <= FAILURES_SHOWN:
-                print(f"FAILED {outcome.scenario} seed {outcome.seed}")
-                for violation in outcome.violations[:5]:
-                    print(f"    {violation}")
-                print(f"    {outcome.command}", flush=True)
-        if time.monotonic() - shown > SHOW_EVERY_S:
-            shown = time.monotonic()
-            rate = done / (shown - began)
-            print(f"{done} of {total} runs, {len(failed)} failed, {rate:.1f} runs/s", flush=True)
+    is_cut = False
+    try:
+        for outcome in outcomes:
+            done += 1
+            virtual_s += outcome.virtual_s
+            requests += outcome.requests
+            leaderships += outcome.leaderships
+            if outcome.violations:
+                failed.append(outcome)
+                names.update({violation.name for violation in outcome.violations})
+                if len(failed) <= FAILURES_SHOWN:
+                    print(f"FAILED {outcome.scenario} seed {outcome.seed}")
+                    for violation in outcome.violations[:5]:
+                        print(f"    {violation}")
+                    print(f"    {outcome.command}", flush=True)
+            if time.monotonic() - shown > SHOW_EVERY_S:
+                shown = time.monotonic()
+                rate = done / (shown - began)
+                print(f"{done} of {total} runs, {len(failed)} failed, {rate:.1f} runs/s", flush=True)
+    except KeyboardInterrupt:
+        is_cut = True
     seconds = time.monotonic() - began
+    counted = f"stopped: {done} of {total} runs" if is_cut else f"{done} runs"
     broken = f" ({', '.join(f'{name} {count}' for name, count in sorted(names.items()))})" if names else ""
     print(
-        f"{done} runs, {len(failed)} failed{broken}; {virtual_s / 3600:.1f} h of virtual time, "
+        f"{counted}, {len(failed)} failed{broken}; {virtual_s / 3600:.1f} h of virtual time, "
         f"{leaderships} leaderships, {requests} requests, in {seconds:.1f} s",
         file=sys.stdout,
         flush=True,
     )
-    return not failed
+    return 1 if failed else 130 if is_cut else 0

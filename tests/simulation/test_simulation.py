@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.simulation.ablations import ABLATIONS, Ablation
 from tests.simulation.clients import Operation
 from tests.simulation.invariants import list_history_faults
-from tests.simulation.many import SEEDS
+from tests.simulation.many import SEEDS, report
 from tests.simulation.misbehaviour import Misbehaviour
 from tests.simulation.run import Outcome, simulate
 from tests.simulation.scenarios import MISBEHAVIOURS, SCENARIOS
@@ -39,6 +40,17 @@ def test_every_scenario_holds_on_its_seeds() -> None:
     done = command()
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{SEEDS * len(SCENARIOS)} runs, 0 failed" in done.stdout
+
+
+def test_ctrl_c_ends_with_the_sum_so_far(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours of clean runs are not lost with the last one."""
+
+    def outcomes() -> Iterator[Outcome]:
+        yield simulate("store", 1)
+        raise KeyboardInterrupt
+
+    assert report(outcomes(), 9) == 130
+    assert capsys.readouterr().out.startswith("stopped: 1 of 9 runs, 0 failed; ")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
