@@ -343,6 +343,11 @@ def epoch_led(state: State) -> int:
             assert_never(state)
 
 
+def is_ending(state: State) -> bool:
+    """Whether a leadership is on its way out here: its work ends, or its last transaction is under way."""
+    return isinstance(state, Draining | Stopping | Closing | Passing)
+
+
 def _outside(state: Idle | Claiming, event: Event) -> Step:
     dead_epoch = state.dead_epoch
     match event:

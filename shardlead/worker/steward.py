@@ -44,6 +44,7 @@ RESIGN_AFTER_S: Final = 0.5  # T8: a stopping worker waits so long for wants, an
 RESIGN_AFTER_MAX_S: Final = 3.0
 WANT_TRIPS: Final = 4  # of a want: our record's event, a look at the leaders, the want, its event
 STILL_MINE_S: Final = 1.0
+HANDED_NS: Final = 50_000_000  # a shard whose work takes longer to end keeps no others waiting
 PLACED_AFTER_NS: Final = 100_000_000  # the controller's transactions follow each other faster
 PLACED_LOOK_S: Final = 0.02
 
@@ -115,6 +116,8 @@ class Steward:
         self._woken = asyncio.Event()
         self._draining_since_ns = 0
         self._patience_s = RESIGN_AFTER_S
+        self._handing: dict[int, int] = {}  # shards whose want is being met, and since when
+        self._handed_ns = 0  # when the last one's turn came
         self._is_loaded = False
         self._ordered_ns = 0  # when orders came that are newer than the session
         self._unread: set[int] = set()  # shards whose orders have not been held against the fleet yet
@@ -209,7 +212,7 @@ class Steward:
 
     def _settled(self, shard: int) -> None:
         """It is served, or nothing of it runs here any more: what had to wait for that may be done now."""
-        if self._draining_since_ns or shard in self.inbox.wants or shard in self.inbox.offers:
+        if self._draining_since_ns or self.inbox.wants or shard in self.inbox.offers:
             self._wake()
 
     def _fleet_changed(self, change: FleetChange) -> None:
@@ -261,15 +264,15 @@ class Steward:
     async def _look(self) -> float:
         """Act on what the inbox and the fleet say; seconds until something falls due by itself."""
         await self._take_offers()
-        self._meet_wants()
+        wants_s = self._meet_wants()
         if self._draining_since_ns:
             await self._say_draining()
-            return self._let_go()
+            return max(PAUSE_MIN_S, min(wants_s, self._let_go()))
         self._claims.begin_due()  # before the wants: those shards have a leader
         await self._pursuits.pursue()
         pursuits_s = self._pursuits.due_s()
         claims_s = self._claims.begin_due()
-        return max(PAUSE_MIN_S, min(pursuits_s, claims_s, STILL_MINE_S))
+        return max(PAUSE_MIN_S, min(wants_s, pursuits_s, claims_s, STILL_MINE_S))
 
     async def _take_offers(self) -> None:
         done: dict[int, int] = {}
@@ -300,8 +303,15 @@ class Steward:
         if done:
             await self._courier.drop_offers(done)
 
-    def _meet_wants(self) -> None:
-        fleet = self.view.fleet
+    def _meet_wants(self) -> float:
+        """Hand over what is wanted, a few at a time; seconds until the next may be, whatever becomes of these."""
+        fleet, now_ns = self.view.fleet, self._clock.now_ns()
+        self._handing = {
+            shard: since_ns
+            for shard, since_ns in self._handing.items()
+            if now_ns - since_ns < HANDED_NS and ownership.is_ending(self._host.state(shard))
+        }
+        at_once = duties.handed_at_once(len(self.inbox.wants))
         for shard, letter in tuple(self.inbox.wants.items()):
             want = letter.record
             state = self._host.state(shard)
@@ -310,12 +320,16 @@ class Steward:
             target = fleet.members.get(want.target)
             if target is None or target.record.sid != want.target_sid or target.record.state != "up":
                 continue
+            if len(self._handing) >= at_once:
+                return (min(self._handing.values()) + HANDED_NS - now_ns) / NS_PER_S
             log.info("handing over", extra={"shard": shard, "target": want.target, "reason": want.reason})
+            self._handing[shard] = self._handed_ns = now_ns
             self._host.feed(shard, ownership.Wanted(want, letter.kv.mod_revision))
+        return STILL_MINE_S
 
     def _let_go(self) -> float:
-        """T8: what nobody wants after a while is given up, with an offer."""
-        waited_s = (self._clock.now_ns() - self._draining_since_ns) / NS_PER_S
+        """T8: what nobody wants for a while is given up, with an offer."""
+        waited_s = (self._clock.now_ns() - max(self._draining_since_ns, self._handed_ns)) / NS_PER_S
         fleet, me = self.view.fleet, self.session.name
         if waited_s < self._patience_s and any(name != me and fleet.is_up(name) for name in fleet.members):
             return max(PAUSE_MIN_S, self._patience_s - waited_s)

@@ -166,3 +166,8 @@ def test_rendezvous_order_stays_when_another_leaves(up: set[str], shard: int) ->
     assert sorted(whole) == sorted(up)
     gone = whole[0]
     assert fleet(*(up - {gone})).ranked(shard) == tuple(name for name in whole if name != gone)
+
+
+def test_of_many_wanted_shards_a_share_is_handed_over_at_once() -> None:
+    """Of a few, always four; of thousands, so many that the last does not wait for long."""
+    assert [duties.handed_at_once(wanted) for wanted in (1, 64, 80, 320, 5_000)] == [4, 4, 5, 20, 312]

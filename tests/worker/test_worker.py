@@ -13,6 +13,7 @@ import pytest
 
 from shardlead.cluster.bootstrap import raise_generation
 from shardlead.config import ClusterSettings, LeaseSettings
+from shardlead.core import duties
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
 from shardlead.core.ownership import Due, Waiting
@@ -206,6 +207,49 @@ def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> No
         await scene.until(lambda: scene.kv(scene.keys.worker("w1")) is None)
 
     on_each(act)
+
+
+def test_shards_wanted_together_are_served_until_their_turn_comes(on_scene: Play) -> None:
+    """A stopping worker lets go of a few at a time."""
+
+    async def act(scene: Scene) -> None:
+        every = tuple(range(SHARDS))
+        ending: list[int] = []
+
+        async def close(_lead: Leadership) -> None:
+            ending.append(sum(scene.lead(shard).draining.is_set() for shard in every if scene.leader(shard) == "w1"))
+
+        one = await scene.start("w1", Script(close=close))
+        await scene.start("w2")
+        await scene.assign(orders("w1", "w2", shards=every))
+        await scene.until_serving("w1", *every)
+        assert await one.stop()
+        await scene.until_serving("w2", *every)
+        assert len(ending) == SHARDS
+        assert 1 <= ending[0] <= duties.HANDED_AT_ONCE < SHARDS
+
+    on_scene(act)
+
+
+def test_shards_whose_requests_take_long_hold_up_no_others(on_scene: Play) -> None:
+    """More of them than are let go at once, in a move of all."""
+
+    async def act(scene: Scene) -> None:
+        every = tuple(range(SHARDS))
+        slow = every[: 2 * duties.HANDED_AT_ONCE]
+        one = await scene.start("w1", drain_timeout_s=20.0)
+        await scene.start("w2")
+        await scene.assign(orders("w1", "w2", shards=every))
+        await scene.until_serving("w1", *every)
+        requests = [await endless(one, shard) for shard in slow]
+        await scene.assign(orders("w2", "w1", shards=every))
+        await scene.until_serving("w2", *every[len(slow) :])
+        assert {scene.leader(shard) for shard in slow} == {"w1"}
+        for request in requests:
+            request.cancel()
+        await scene.until_serving("w2", *slow)
+
+    on_scene(act)
 
 
 def test_an_order_that_is_read_after_its_leader_has_begun_to_stop_is_acted_on(on_scene: Play) -> None:
