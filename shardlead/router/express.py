@@ -9,6 +9,7 @@ host and key are judged by the rules of `heads`, `plans` and `core.routing`; wha
 on this way only if its framing is one plain Content-Length that is true, or none and no body.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from shardlead.config import RouterSettings
@@ -20,7 +21,7 @@ from shardlead.router.exchange import SENT, Client, Desk, Exchange
 from shardlead.router.forwarded import Forwarder
 from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
 from shardlead.router.known import Known, RequestFields
-from shardlead.router.plans import Plans, RequestPlan, lines_bytes, without_keep_alive
+from shardlead.router.plans import Plans, RequestPlan, lines_bytes, split_fields, without_keep_alive
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
 
@@ -28,8 +29,10 @@ _TARGET: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 """What a target known by its looks may consist of, and the key's value beside it: RFC 3986's characters of paths and
 queries, and no others."""
 _VISIBLE: Final = bytes(range(0x21, 0x7F))
-_HEAD: Final = b"%b %b HTTP/1.1%b%b%b\r\n%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n"
-_HEAD_WITH_ID: Final = _HEAD.replace(b"\r\n%b", b"\r\n%b%x\r\n")  # behind the request id's constant part
+_FIRST_LINE: Final = b"%b %b HTTP/1.1"
+_OURS: Final = b"\r\n%bShardlead-Shard: %d\r\nShardlead-Key: %b\r\nShardlead-Epoch: %d\r\n\r\n"
+_OURS_WITH_ID: Final = _OURS.replace(b"\r\n%b", b"\r\n%b%x\r\n")  # behind the request id's constant part
+DIFFERING_MAX: Final = 4  # fields of one client that differ from request to request; who has more goes the long way
 _IS_SAFE: Final = {b"GET": True, b"POST": False, b"PUT": False, b"DELETE": False, b"PATCH": False}
 
 
@@ -82,17 +85,20 @@ class Express:
     """One client connection's short way. `connection` is that of the request under way, if one is."""
 
     __slots__ = (
+        "_before",
         "_body_bytes",
         "_body_bytes_max",
         "_client",
         "_desk",
+        "_differing",
         "_forwarded",
         "_forwarded_and_id",
         "_front",
         "_head_bytes_max",
         "_host",
         "_known",
-        "_mark",
+        "_marks",
+        "_marks_of_bodies",
         "_sent",
         "_since_ns",
         "connection",
@@ -111,8 +117,12 @@ class Express:
         self._body_bytes_max = min(RESEND_BODY_BYTES_MAX, front.settings.body_bytes_max)
         self._body_bytes = 0  # of the request under way, as the next two
         self._since_ns = 0
-        self._mark = b""  # what stands before the value of the key's field, as this client spells it
-        self._sent: tuple[bytes, bytes, RequestFields, bytes, bytes, bytes, int, Leader, Pool, int]
+        # What stands before the values that differ in this client's requests, in those with a body, and their names:
+        self._marks: tuple[bytes, ...] = ()
+        self._marks_of_bodies: tuple[bytes, ...] = ()
+        self._differing: frozenset[bytes] = frozenset()
+        self._before: bytes | None = b""  # the lines of the last one that was not known; None: too much differs
+        self._sent: tuple[bytes, bytes, RequestFields, Sequence[bytes], bytes, bytes, int, Leader, Pool, int]
 
     def __repr__(self) -> str:
         return f"<Express {'idle' if self.connection is None else f'waits for {self.connection!r}'}>"
@@ -146,54 +156,102 @@ class Express:
                 return False
         if plan.request_id and not is_request_id(seen[plan.request_id]):
             return False
-        mark = b"\r\n%b: " % plan.key if plan.key else b""
-        value = seen[plan.key] if plan.key else b""
-        first, rest = _cut(lines, mark, value)
-        key_at = [name for name, _ in fields].index(plan.key) if plan.key else -1
-        known = RequestFields(fields, key_at, body_bytes, first, rest, seen[plan.host], bool(plan.request_id))
-        if not self._go(data, method, target, known, value, end):
+        self._note_differing(said, seen, plan)
+        cut = tuple([at for at, (name, _) in enumerate(fields) if name == plan.key or name in self._differing])
+        names = [fields[at][0] for at in cut]
+        values = [fields[at][1] for at in cut]
+        marks = tuple([b"\r\n%b: " % name for name in names])
+        known = RequestFields(
+            fields,
+            marks,
+            cut,
+            names.index(plan.key) if plan.key else -1,
+            names.index(plan.request_id) if plan.request_id in names else -1,
+            body_bytes,
+            _template(_cut(lines, marks, values), has_request_id=bool(plan.request_id)),
+            seen[plan.host],
+            bool(plan.request_id),
+        )
+        if not self._go(data, method, target, known, values, end):
             return False
-        if not value.translate(None, _VISIBLE):
-            self._mark = mark
-            self._known.keep(b"".join(_cut(said, mark, value)), known)
+        if not b"".join(values).translate(None, _VISIBLE):
+            if body_bytes:
+                self._marks_of_bodies = marks
+            else:
+                self._marks = marks
+            self._known.keep(b"".join(_cut(said, marks, values)), known)
         return True
 
+    def _note_differing(self, said: bytes, seen: Mapping[bytes, bytes], plan: RequestPlan) -> None:
+        """Compare a request with the last one that was not known: whose values differ, and mean nothing to us."""
+        if self._before is None:
+            return
+        ours = (plan.host, plan.length, plan.connection, plan.key)
+        differing = self._differing.union(
+            name for name, value in split_fields(self._before) if seen.get(name, value) != value and name not in ours
+        )
+        if len(differing) > DIFFERING_MAX:
+            self._differing, self._before = frozenset(), None
+        else:
+            self._differing, self._before = differing, said
+
     def send_known(self, data: bytes) -> bool:
-        """Send the request that is this packet if its fields have come before, byte by byte but for the key's value;
-        False: nothing has happened. What is new is read here, and must be such that it can be read in one way only."""
+        """Send the request that is this packet if its fields have come before, byte by byte but for the values that
+        differ; False: nothing has happened. What is new is read here, and must be such that it can be read in one way
+        only."""
         # Lines known begin with a line end and have no empty one among them, so that these need not be looked for
         # here: a wrong guess at where they begin and end finds nothing.
         line = data.find(b"\n") - 1
-        end = len(data) - 4 if data.endswith(b"\r\n\r\n") else data.find(b"\r\n\r\n")
-        mark = self._mark
-        at = data.find(mark, line, end) if mark else -1
-        if at < 0:
-            value = b""
-            known = self._known[data[line:end]]
+        if data.endswith(b"\r\n\r\n"):
+            end = len(data) - 4
+            marks = self._marks
         else:
-            at += len(mark)
-            behind = data.find(b"\n", at) - 1
-            value = data[at:behind]
-            known = self._known[data[line:at] + data[behind:end]]
-        if known is None or end < 0 or end + 4 + known.length != len(data) or (known.key_at >= 0) != bool(value):
+            end = data.find(b"\r\n\r\n")
+            marks = self._marks_of_bodies
+        if end < line or line < 0:
+            return False
+        at = line
+        said = b""
+        values: list[bytes] = []
+        for mark in marks:
+            begin = data.find(mark, at, end)
+            if begin < 0:  # it may be one of the requests in which nothing is cut out
+                at, said, marks = line, b"", ()
+                values.clear()
+                break
+            begin += len(mark)
+            said += data[at:begin]
+            at = data.find(b"\n", begin) - 1
+            values.append(data[begin:at])
+        known = self._known[said + data[at:end]]
+        if known is None or end + 4 + known.length != len(data):
+            return False
+        if known.marks is not marks and known.marks != marks:
             return False
         method, _, target = data[:line].partition(b" ")
         if target[-9:] != b" HTTP/1.1":
             return False
         target = target[:-9]
-        if (target + value).translate(None, _TARGET):
+        has_key = known.key_at >= 0
+        if (
+            (target + values[known.key_at] if has_key else target).translate(None, _TARGET)
+            or (len(values) > has_key and b"".join(values).translate(None, _VISIBLE))
+            or (known.id_at >= 0 and not is_request_id(values[known.id_at]))
+        ):
             return False
-        return self._go(data, method, target, known, value, end)
+        return self._go(data, method, target, known, values, end)
 
-    def _go(self, data: bytes, method: bytes, target: bytes, known: RequestFields, value: bytes, end: int) -> bool:
-        """Send it, if nothing about it or at this moment is out of the ordinary. `value`: its key's field's."""
+    def _go(
+        self, data: bytes, method: bytes, target: bytes, known: RequestFields, values: Sequence[bytes], end: int
+    ) -> bool:
+        """Send it, if nothing about it or at this moment is out of the ordinary. `values`: of the fields cut out."""
         front = self._front
         is_safe = _IS_SAFE.get(method)
         body_bytes = known.length
         if is_safe is None or end > self._head_bytes_max or body_bytes > self._body_bytes_max or target[:1] != b"/":
             return False
         try:
-            key = front.rules.find(target, (value,) if known.key_at >= 0 else ())
+            key = front.rules.find(target, (values[known.key_at],) if known.key_at >= 0 else ())
         except RequestError:
             return False
         if key is None:
@@ -211,27 +269,14 @@ class Express:
         self._body_bytes = body_bytes
         body = data[end + 4 :] if body_bytes else b""
         number = front.next_number()
-        self._sent = method, target, known, value, body, key, shard, leader, pool, number
+        self._sent = method, target, known, values, body, key, shard, leader, pool, number
         self.connection = connection
         connection.taker = connection.quick = self
         sent_key, epoch = encode_key(key), leader.epoch
         if known.has_request_id:
-            told = self._forwarded
-            head = _HEAD % (method, target, known.first, value, known.rest, told, shard, sent_key, epoch)
+            head = known.head % (method, target, *values, self._forwarded, shard, sent_key, epoch)
         else:
-            told = self._forwarded_and_id
-            head = _HEAD_WITH_ID % (
-                method,
-                target,
-                known.first,
-                value,
-                known.rest,
-                told,
-                number,
-                shard,
-                sent_key,
-                epoch,
-            )
+            head = known.head % (method, target, *values, self._forwarded_and_id, number, shard, sent_key, epoch)
         connection.write(head + body if body else head)
         return True
 
@@ -250,11 +295,10 @@ class Express:
         connection = self.connection
         assert connection is not None, "no request is under way"
         front, client = self._front, self._client
-        method, target, known, value, body, key, shard, leader, pool, number = self._sent
-        fields = known.fields
-        if known.key_at >= 0:
-            fields = [*fields]
-            fields[known.key_at] = (fields[known.key_at][0], value)
+        method, target, known, values, body, key, shard, leader, pool, number = self._sent
+        fields = [*known.fields]
+        for at, value in zip(known.cut, values, strict=True):
+            fields[at] = (fields[at][0], value)
         head = read_request(method, target, "1.1", fields, front.kinds, client.forwarder)
         exchange = Exchange(self._desk, client, head, number, self._since_ns)
         exchange.key = key
@@ -317,9 +361,18 @@ class Express:
         self.expand().upstream_drained()
 
 
-def _cut(lines: bytes, mark: bytes, value: bytes) -> tuple[bytes, bytes]:
-    """The lines up to the value behind the mark, and behind it; all of them and nothing without a mark."""
-    if not mark:
-        return lines, b""
-    at = lines.index(mark) + len(mark)
-    return lines[:at], lines[at + len(value) :]
+def _cut(lines: bytes, marks: Sequence[bytes], values: Sequence[bytes]) -> list[bytes]:
+    """What is left of the lines without these values, each behind its mark."""
+    pieces = []
+    at = 0
+    for mark, value in zip(marks, values, strict=True):
+        end = lines.index(mark, at) + len(mark)
+        pieces.append(lines[at:end])
+        at = end + len(value)
+    return [*pieces, lines[at:]]
+
+
+def _template(pieces: Sequence[bytes], *, has_request_id: bool) -> bytes:
+    """How a request of these lines leaves, in the words of `RequestFields.head`."""
+    lines = b"%b".join([piece.replace(b"%", b"%%") for piece in pieces])
+    return _FIRST_LINE + lines + (_OURS if has_request_id else _OURS_WITH_ID)

@@ -1,7 +1,8 @@
 """Heads that have come before: what the parser has read and the rules have found good is known again by its bytes.
 
 Clients and workers say the same fields over and over: a request differs from the last one in its first line and in the
-value of its key, an answer in its date, once a second. What is known again need not be parsed and judged again.
+values of its key and of an identifier or two, an answer in its date, once a second. What is known again need not be
+parsed and judged again.
 
 What it never does: judge. Law: a value may hang on the bytes that it is kept under and on nothing else.
 """
@@ -19,15 +20,18 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class RequestFields:
-    """An ordinary request's fields, whatever the value of its key's. `first` and `rest`: the lines as they leave, each
-    with a line end before it, up to the key's value and behind it (all in `first` if no field has the key); `length`:
-    of the body."""
+    """An ordinary request's fields, whatever the values that were cut out of its lines: the key's, and those that
+    differ from request to request of a client. `head`: how it leaves, a template for its method, target, those values,
+    what is told of the client, the request's number unless it brings an id, shard, key and epoch; `length`: of the
+    body."""
 
     fields: Fields
-    key_at: int  # among the fields; -1: no field has the key
+    marks: tuple[bytes, ...]  # what stands before each value that was cut out, in order: a line end and a name
+    cut: tuple[int, ...]  # which of the fields they are
+    key_at: int  # which of those values is the key's; -1: no field has the key
+    id_at: int  # which one is the request's id; -1: none of them
     length: int
-    first: bytes
-    rest: bytes
+    head: bytes
     host: bytes
     has_request_id: bool
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -39,8 +40,10 @@ async def answer(request: Request, bodies: list[bytes]) -> None:
     request.writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%b\r\n%b" % (len(said), DATE, said))
 
 
-async def tell(*packets: bytes, before: tuple[bytes, ...]) -> Told:
-    """Each packet behind what came of the one before; `before` goes over a connection of its own, twice."""
+async def tell(*packets: bytes, before: tuple[bytes, ...], behind: Sequence[bytes] = ()) -> Told:
+    """Each packet behind what came of the one before; `before` goes over a connection of its own, twice.
+
+    `behind` are ordinary ones, which are not told of, over the same connection."""
     async with stage() as here:
         bodies: list[bytes] = []
         worker = await here.start("w1", lambda request: answer(request, bodies))
@@ -50,8 +53,8 @@ async def tell(*packets: bytes, before: tuple[bytes, ...]) -> Told:
         if before:
             known = here.router.known
             assert known, "the ordinary ones are known"
-        asked, heard = len(worker.requests), len(bodies)
-        got = await ask_all(here, *packets)
+        asked, heard = len(worker.requests) + len(behind), len(bodies) + len(behind)
+        got = await ask_all(here, *packets, behind=behind)
         requests = [
             (
                 request.method,
@@ -64,9 +67,12 @@ async def tell(*packets: bytes, before: tuple[bytes, ...]) -> Told:
         return Told(re.sub(OWN, b"", got), requests)
 
 
-async def ask_all(here: Stage, *packets: bytes) -> bytes:
-    """All that comes to these packets, until the router has nothing more to say."""
+async def ask_all(here: Stage, *packets: bytes, behind: Sequence[bytes] = ()) -> bytes:
+    """All that comes to these packets, until the router has nothing more to say; they come behind ordinary ones."""
     client = await here.client()
+    for packet in behind:
+        await client.send(packet)
+        assert (await client.answer()).status == 200
     got = b""
     for packet in packets:
         with contextlib.suppress(ConnectionError, RuntimeError):
@@ -127,6 +133,106 @@ def test_a_key_among_known_fields_is_judged_as_ever(key: bytes) -> None:
         behind = await tell(ordinary, packet, before=(ordinary,))
         assert behind == await tell(ordinary, packet, before=())
         assert behind.requests[1:] == told.requests
+
+    run(main)
+
+
+def traced(trace: bytes, key: bytes = b"a", line: bytes = b"GET /p HTTP/1.1") -> bytes:
+    return get(line, b"Traceparent: %b\r\n" % trace + FIELDS.replace(b"Key: a\r\n", b"Key: %b\r\n" % key))
+
+
+TRACES = [
+    b"t9", b"", b" t", b"t ", b"t u", b"t\tu", b"t\x00", b"\xc3\xa9", b"%25", b"%b", b'"t"', b"\x7f", b"t\r\n u",
+    b"t\nHost: x", b"t\ru", b"t\r\nTraceparent: t", b"t\r\nX-Shard-Key: c", b"t\r\nContent-Length: 0", b"t\r\n",
+    b"t\r\n\r\nGET /q HTTP/1.1", b"t" * 9_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [b"a", b"b", b""], ids=repr)
+@pytest.mark.parametrize("trace", TRACES, ids=lambda trace: repr(trace[:30]))
+def test_a_value_that_differs_each_time_is_judged_as_ever(trace: bytes, key: bytes) -> None:
+    """A client's field that it never says the same in, beside a key that may be new."""
+
+    async def main() -> None:
+        ordinary = [traced(b"t%d" % number) for number in range(3)]
+        packet = traced(trace, key)
+        assert await tell(packet, before=(), behind=ordinary) == await tell(packet, before=())
+
+    run(main)
+
+
+def test_requests_that_differ_in_an_identifier_are_known_by_the_rest() -> None:
+    """With a body or without, whatever the order: each worker's request has its own values, and few are kept."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: answer(request, []))
+            await here.lead(worker)
+            packets = []
+            for number in range(60):
+                own = b"X-Request-Id: r-%d\r\nTraceparent: 00-%08x\r\n" % (number, number)
+                own += b"Idempotency-Key: i-%d\r\nContent-Length: 2\r\n" % number if number % 3 else b""
+                line = b"POST /p HTTP/1.1" if number % 3 else b"GET /p HTTP/1.1"
+                packets.append(get(line, FIELDS + own) + (b"ab" if number % 3 else b""))
+            await ask_all(here, behind=packets)
+            for number, request in enumerate(worker.requests):
+                said = dict(request.raw_headers)
+                assert said["X-Request-Id"] == f"r-{number}"
+                assert said["Traceparent"] == f"00-{number:08x}"
+                assert said.get("Idempotency-Key") == (f"i-{number}" if number % 3 else None)
+            assert len(here.router.known) <= 6
+
+    run(main)
+
+
+def test_clients_that_differ_in_different_fields_are_not_mixed_up() -> None:
+    """What is left of their requests is the same: the one's field is empty where the other's was cut out."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: answer(request, []))
+            await here.lead(worker)
+            one, other = await here.client(), await here.client()
+            turns = [(one, b"A", b"B")] * 3 + [(other, b"B", b"A")] * 3 + [(one, b"A", b"B"), (other, b"B", b"A")]
+            for number, (client, full, empty) in enumerate(turns):
+                fields = {full: b"%d" % number, empty: b""}
+                packet = get(b"GET /p HTTP/1.1", FIELDS + b"A: %b\r\nB: %b\r\n" % (fields[b"A"], fields[b"B"]))
+                await client.send(packet)
+                assert (await client.answer()).status == 200
+            for number, ((_, full, empty), request) in enumerate(zip(turns, worker.requests, strict=True)):
+                said = dict(request.raw_headers)
+                assert (said[full.decode()], said[empty.decode()]) == (str(number), "")
+
+    run(main)
+
+
+def test_an_identifier_among_known_fields_is_replaced_if_it_cannot_stand_in_logs() -> None:
+    """The request id is the one differing value that the router looks at."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: answer(request, []))
+            await here.lead(worker)
+            ids = [b"r1", b"r2", b"r3", b'r"4', b"r" * 129, b"r6"]
+            fields = [FIELDS + b"X-Request-Id: %b\r\n" % each for each in ids]
+            await ask_all(here, behind=[get(b"GET /p HTTP/1.1", each) for each in fields])
+            told = [dict(request.raw_headers)["X-Request-Id"] for request in worker.requests]
+            assert [told[at] for at in (0, 1, 2, 5)] == ["r1", "r2", "r3", "r6"]
+            assert not {'r"4', "r" * 129} & set(told)
+
+    run(main)
+
+
+def test_a_client_whose_fields_all_differ_is_served_as_ever() -> None:
+    """Too many to cut out: it goes the long way."""
+
+    async def main() -> None:
+        def packet(number: int) -> bytes:
+            return get(b"GET /p HTTP/1.1", FIELDS + b"".join(b"F%d: %d\r\n" % (at, number) for at in range(7)))
+
+        alone = await tell(packet(5), before=())
+        assert dict(alone.requests[0][3])["F6"] == "5"
+        assert await tell(packet(5), before=(), behind=[packet(number) for number in range(5)]) == alone
 
     run(main)
 
