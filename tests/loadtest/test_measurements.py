@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,6 +96,26 @@ def test_the_routers_memory_is_measured(tmp_path: Path) -> None:
         ("busy", 512, 0),
     ]
     assert all(row["before_kib"] > 10_000 for row in rows), "the router itself, at least"
+
+
+@pytest.mark.skipif(not (shutil.which("wrk") and shutil.which("nginx")), reason="wrk or nginx is not installed")
+@pytest.mark.parametrize("is_traced", [False, True], ids=["plain", "traced"])
+def test_a_requests_cost_is_measured(tmp_path: Path, *, is_traced: bool) -> None:
+    """A row for each proxy, the router's own ratio 1."""
+    file = tmp_path / "cost.json"
+    done = measure(
+        *("--quick", "--targets", "router,aiohttp", "--rounds", "1", "--round-s", "0.2", "--json", str(file)),
+        *(("--traced",) if is_traced else ()),
+        what="cost",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["target"], row["body_bytes"], row["connections"]) for row in rows] == [
+        ("router", 0, 32),
+        ("aiohttp", 0, 32),
+    ]
+    assert all(row["requests_per_cpu_s"] > 0 and row["rps"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1
 
 
 def test_a_router_that_is_gone_is_told() -> None:
