@@ -20,7 +20,7 @@ from shardlead.errors import RequestError
 from shardlead.router.exchange import SENT, Client, Desk, Exchange
 from shardlead.router.forwarded import Forwarder
 from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
-from shardlead.router.known import Known, RequestFields
+from shardlead.router.known import BYTES_MAX, Known, RequestFields
 from shardlead.router.plans import Plans, RequestPlan, lines_bytes, split_fields, without_keep_alive
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
@@ -184,7 +184,7 @@ class Express:
 
     def _note_differing(self, said: bytes, seen: Mapping[bytes, bytes], plan: RequestPlan) -> None:
         """Compare a request with the last one that was not known: whose values differ, and mean nothing to us."""
-        if self._before is None:
+        if self._before is None or len(said) > BYTES_MAX:
             return
         ours = (plan.host, plan.length, plan.connection, plan.key)
         differing = self._differing.union(
