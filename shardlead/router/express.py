@@ -110,7 +110,7 @@ class Express:
         self._client = client
         self._desk = front.desk
         self._known = front.known
-        self._host = b""
+        self._host: bytes | None = None  # of the last one; a client's first may be empty
         self._forwarded = b""  # what is told of the client, for that host; and the begin of the request's id, too
         self._forwarded_and_id = b""
         self._head_bytes_max = front.settings.head_bytes_max

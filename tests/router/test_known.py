@@ -206,6 +206,24 @@ def test_clients_that_differ_in_different_fields_are_not_mixed_up() -> None:
     run(main)
 
 
+def test_an_empty_host_hides_no_client() -> None:
+    """Whether it is a connection's first request, is known, or comes behind another host; and it has a request id."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: answer(request, []))
+            await here.lead(worker)
+            for hosts in ([b"", b"", b"test", b""], [b"test", b"", b""]):
+                await ask_all(here, behind=[get(b"GET /p HTTP/1.1", FIELDS.replace(b"test", host)) for host in hosts])
+            told = [dict(request.raw_headers) for request in worker.requests]
+            assert [each["Host"] for each in told] == ["", "", "test", "", "test", "", ""]
+            assert [each["X-Forwarded-Host"] for each in told] == [each["Host"] for each in told]
+            assert {each["X-Forwarded-For"] for each in told} == {"127.0.0.1"}
+            assert len({each["X-Request-Id"] for each in told}) == len(told)
+
+    run(main)
+
+
 def test_an_identifier_among_known_fields_is_replaced_if_it_cannot_stand_in_logs() -> None:
     """The request id is the one differing value that the router looks at."""
 
