@@ -72,7 +72,7 @@ class Objects:
     # --- opening ---
 
     def open(self, shard: int, entry: Entry, epoch: int, guard: Guard) -> None:
-        """Begin a tenure under `epoch`: make its object and open it. Ends in Opened, FencedOff or Failed."""
+        """Begin a tenure under `epoch`: make its object and open it. Ends in Opened, Suspended, FencedOff or Failed."""
         trail = self._audit.lead(shard, epoch) if self._audit is not None else None
 
         def unknown(reason: str) -> None:
@@ -90,7 +90,8 @@ class Objects:
                 tenure.application = self._make(tenure.lead)
                 if not await self._call(shard, entry, tenure.application.open(), settings.open_timeout_s):
                     raise TimeoutError(f"it took longer than {settings.open_timeout_s} s")
-            event = ownership.Opened()
+            # After a pause this may be heard before the session's own word that its deadline has passed.
+            event = ownership.Opened() if tenure.lead.is_valid(0.0) else ownership.Suspended(is_busy=True)
         except (Fenced, LeadershipLost) as exc:
             event = self._refused(entry, f"open() was refused: {exc}")
         except EpochRegressed as exc:  # no defect of the application: it says itself what to do

@@ -776,6 +776,31 @@ def test_a_busy_shard_gets_a_new_epoch_after_a_suspension(on_scene: Play, work: 
     on_scene(act)
 
 
+def test_an_object_that_is_open_only_after_its_deadline_never_runs(on_scene: Play) -> None:
+    """The process slept while it opened, and hears of that before it hears of the deadline."""
+
+    async def act(scene: Scene) -> None:
+        async def run(_lead: Leadership) -> None:
+            await asyncio.Event().wait()
+
+        async def open_late(lead: Leadership) -> None:
+            if not late:
+                late.append(lead.epoch)
+                one.clock.jump(60.0)
+
+        late: list[int] = []
+        one = await scene.start("w1", Script(run=run, open=open_late))
+        await scene.assign({0: ("w1",)})
+        await scene.until(lambda: scene.said("run"))
+        epochs = [word.epoch for word in scene.said("run")]
+        assert late[0] not in epochs
+        assert [word.epoch for word in scene.said("close")] == late
+        await scene.until(lambda: scene.is_serving("w1", 0))
+        assert one.epoch(0) == epochs[-1]
+
+    on_scene(act)
+
+
 def test_a_doubt_ends_with_the_next_renewal_at_once(on_scene: Play) -> None:
     """A clock alarm costs a renewal and a confirmation, not a renewal interval."""
 
