@@ -16,7 +16,7 @@ from shardlead.config import ClusterSettings, LeaseSettings
 from shardlead.core import duties
 from shardlead.core.keyspace import decode, encode
 from shardlead.core.model import Eviction, History, LeaderRecord, Meta, Offer, Want, Wish, WorkerRecord, epoch_of
-from shardlead.core.ownership import Due, Waiting
+from shardlead.core.ownership import Due, Serving, Waiting
 from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, StoreUnavailable, WriteUnknown
 from shardlead.parent import WillReader
 from shardlead.store.base import Delete, Put
@@ -733,6 +733,7 @@ def test_an_idle_shard_goes_on_under_its_epoch_after_a_suspension(on_each: Play)
     async def act(scene: Scene) -> None:
         (one,) = await led_by_first(scene, "w1")
         epochs = {shard: scene.epoch(shard) for shard in FEW}
+        await scene.until(lambda: all(isinstance(one.host.state(shard), Serving) for shard in FEW))  # not just open
         one.clock.jump(60.0)
         assert not one.worker.is_ready
         await scene.until(lambda: one.worker.is_ready, within_s=4.0)
