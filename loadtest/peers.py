@@ -4,6 +4,9 @@ of the header X-Shard-Key, keep-alive on both sides, no access log.
 Law: nothing here is tuned against a peer; where a setting makes it faster and does not change the job, it is set.
 """
 
+import grp
+import os
+import pwd
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +21,6 @@ IDLE_CONNECTIONS: Final = 600  # to the upstreams: more than the load has
 
 def write_bodies(folder: Path) -> None:
     """The files that the upstream serves: folder/bodies/<size>."""
-    folder.chmod(0o755)  # nginx started by root serves the files as somebody else
     bodies = folder / "bodies"
     bodies.mkdir(exist_ok=True)
     for size in SIZES:
@@ -28,7 +30,7 @@ def write_bodies(folder: Path) -> None:
 def upstream_command(folder: Path, ports: Sequence[int]) -> list[str]:
     """nginx as the upstream of them all: files from memory, on each of these ports."""
     listen = "\n".join(f"    listen {LOOPBACK}:{port} backlog=4096;" for port in ports)
-    config = f"""
+    config = f"""{_user()}
 worker_processes 1;
 daemon off;
 pid {folder}/upstream.pid;
@@ -123,6 +125,13 @@ backend workers
 def aiohttp_command(port: int, upstreams: Sequence[int]) -> list[str]:
     """A plain aiohttp reverse proxy on uvloop."""
     return [sys.executable, "-m", "loadtest.plain_proxy", str(port), *map(str, upstreams)]
+
+
+def _user() -> str:
+    """nginx started by root would serve as somebody else, who may not read the folder; the others may not choose."""
+    if os.geteuid():
+        return ""
+    return f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name};"
 
 
 def _scratch(folder: Path, name: str) -> str:

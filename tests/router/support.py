@@ -333,6 +333,27 @@ class Client:
             assert await self.reader.readexactly(2) == b"\r\n"
             return data
 
+    async def within(self, seconds: float) -> bytes:
+        """All that comes in this time, or until the router closes."""
+        got = b""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(seconds):
+                while more := await self.reader.read(65_536):
+                    got += more
+        return got
+
+    async def rest(self) -> bytes:
+        """Send no more, take all that still comes, and leave."""
+        with contextlib.suppress(OSError, RuntimeError):  # the router may have closed
+            self.writer.write_eof()
+        got = b""
+        async with asyncio.timeout(WAIT_S):
+            with contextlib.suppress(ConnectionError):
+                while more := await self.reader.read(65_536):
+                    got += more
+        self.leave()
+        return got
+
     async def closed(self) -> bool:
         """Whether the router ends the connection (in order or not) without sending more."""
         async with asyncio.timeout(WAIT_S):

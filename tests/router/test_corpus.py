@@ -9,7 +9,7 @@ import pytest
 from tests.router import corpus
 from tests.router.corpus import Cut, Declined, Either, Failed, Passed, Read, Refused, Unfinished
 from tests.router.strict import Message, NotHttp, read_answers, read_requests
-from tests.router.support import WAIT_S, Stage, Worker, run, stage
+from tests.router.support import Stage, Worker, run, stage
 
 BEFORE: Final = b"GET /k/before HTTP/1.1\r\nHost: before\r\n\r\n"
 BEHIND: Final = b"GET /k/behind HTTP/1.1\r\nHost: behind\r\n\r\n"
@@ -83,14 +83,7 @@ async def play(here: Stage, data: bytes, *, in_pieces: bool = False) -> bytes:
                     await asyncio.sleep(0)
         else:
             client.writer.write(data)
-        client.writer.write_eof()
-    got = b""
-    async with asyncio.timeout(WAIT_S):
-        with contextlib.suppress(ConnectionError):
-            while more := await client.reader.read(65_536):
-                got += more
-    client.leave()
-    return got
+    return await client.rest()
 
 
 async def _recorder(here: Stage, recorder: Recorder) -> Recorder:

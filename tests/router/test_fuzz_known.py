@@ -4,15 +4,13 @@ One router reads each packet twice: after ordinary requests of two clients, whos
 nothing known. What the client gets and what the worker is asked must be the same.
 """
 
-import asyncio
-import contextlib
 import random
 import re
 from collections.abc import Sequence
 
 import pytest
 
-from tests.router.support import WAIT_S, Request, Stage, run, stage
+from tests.router.support import Request, Stage, run, stage
 
 QUIET_S = 0.04  # then the client says that nothing more comes, and the router may still answer what was whole
 DIFFERING = (b"Traceparent", b"X-Request-Id", b"Idempotency-Key", b"A", b"Cookie")
@@ -111,17 +109,8 @@ async def ask(here: Stage, packet: bytes, behind: Sequence[bytes]) -> bytes:
     got = b""
     if packet:
         await client.send(packet)
-        with contextlib.suppress(TimeoutError, ConnectionError):
-            async with asyncio.timeout(QUIET_S):
-                while more := await client.reader.read(65_536):
-                    got += more
-    client.writer.write_eof() if not client.writer.is_closing() else None
-    async with asyncio.timeout(WAIT_S):
-        with contextlib.suppress(ConnectionError):
-            while more := await client.reader.read(65_536):
-                got += more
-    client.leave()
-    return re.sub(OWN, b"", got)
+        got += await client.within(QUIET_S)
+    return re.sub(OWN, b"", got + await client.rest())
 
 
 async def both(seed: int) -> tuple[bytes, Heard, Heard]:

@@ -38,7 +38,7 @@ from tests.simulation.processes import ClientProcess, NotingStore, RouterProcess
 from tests.simulation.service import Manners, background_key
 from tests.simulation.storage import Storage, StorageFaults
 from tests.simulation.transport import LinkFaults, SimTransport
-from tests.simulation.witness import Witness
+from tests.simulation.witness import Tenant, Witness
 
 CLUSTER: Final = "sim"
 KEYS: Final = 12
@@ -327,11 +327,7 @@ class World:
             kv = self.etcd.get(self.keyspace.leader(shard))
             if kv is None:
                 return f"shard {shard} has no leader"
-            serving = [
-                tenant
-                for tenant in self.witness.tenants.get(shard, ())
-                if tenant.is_valid and tenant.is_open and not tenant.is_closed
-            ]
+            serving = self._serving(shard)
             if len(serving) != 1:
                 return f"shard {shard} is served by {len(serving)}; leaders/ says {kv.value.decode()}"
             if serving[0].lead.epoch & (2**48 - 1) != kv.mod_revision:
@@ -346,14 +342,25 @@ class World:
         return ""
 
     def brake_s(self) -> float:
-        """For how long at most a shard without a leader may be left alone since its last leaders died at once, which
-        faults that strike within seconds of each other look like."""
+        """For how long at most a shard that is not served may be, or have been, left alone since its last leaders died
+        at once, which faults that strike within seconds of each other look like."""
         counts = [0]
         for shard in range(self.shards):
             kv = self.etcd.get(self.keyspace.history(shard))
-            if kv is not None and self.etcd.get(self.keyspace.leader(shard)) is None:
-                counts.append(duties.short_tenures(decode(History, kv.key, kv.value), 0))
+            if kv is None or self._serving(shard):
+                continue
+            history = decode(History, kv.key, kv.value)
+            is_led = self.etcd.get(self.keyspace.leader(shard)) is not None  # and about to serve: its wait is behind it
+            counts.append(history.short_tenures if is_led else duties.short_tenures(history, 0))
         return max(map(duties.brake_s, counts))
+
+    def _serving(self, shard: int) -> list[Tenant]:
+        """Whose guard is valid and whose object is open."""
+        return [
+            tenant
+            for tenant in self.witness.tenants.get(shard, ())
+            if tenant.is_valid and tenant.is_open and not tenant.is_closed
+        ]
 
     def heal(self) -> None:
         """Nothing is lost or late any more. What deeds have done is undone by themselves."""
