@@ -21,6 +21,7 @@ class Body:
         "_pace_bytes",
         "_pace_s",
         "is_large",
+        "is_torn",
         "is_whole",
         "kept_bytes",
         "length",
@@ -33,6 +34,7 @@ class Body:
         self.length = length
         self.is_large = length > RESEND_BODY_BYTES_MAX
         self.is_whole = False
+        self.is_torn = False  # some of it was thrown away
         self.kept_bytes = 0
         self.sent_bytes = 0  # by streaming
         self.total_bytes = 0  # that have come
@@ -47,8 +49,13 @@ class Body:
 
     @property
     def is_kept(self) -> bool:
-        """Whether all that was sent of it can be sent again."""
-        return not self.sent_bytes or not self.is_large
+        """Whether all that has come of it can be sent (again)."""
+        return not (self.is_torn or (self.sent_bytes and self.is_large))
+
+    @property
+    def is_as_long_as_said(self) -> bool:
+        """Whether what was streamed is what its Content-Length has announced."""
+        return self.length < 0 or self.sent_bytes == self.length
 
     def is_moving(self, now_s: float, window_s: float, rate_min: float, *, is_held_back: bool) -> bool:
         """Whether it arrives at `rate_min` bytes a second at least, over windows of this length; what we hold back

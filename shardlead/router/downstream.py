@@ -162,7 +162,7 @@ class Downstream(asyncio.Protocol):
             self._express.expand()
         current, self._current = self._current, None
         tunnel, self._tunnel = self._tunnel, None
-        for exchange in (current, tunnel, *self._intake.came):
+        for exchange in (current, tunnel):
             if exchange is not None:
                 exchange.client_left()
         self._intake.stop()
@@ -182,6 +182,9 @@ class Downstream(asyncio.Protocol):
         exchange = self._tunnel or self._current
         if exchange is not None:
             exchange.client_drained()
+        else:
+            self._intake.head_since_s = self._front.now_s  # nothing more of a head was read meanwhile
+            self._advance()
 
     # --- turns
 
@@ -214,6 +217,8 @@ class Downstream(asyncio.Protocol):
                             self._refuse(intake.error)
                         elif self._half_closed_s is not None and not self._lingers_s:
                             self._close()
+                        break
+                    if self.is_full:  # the client must take the answers that it has, first
                         break
                     exchange = self._current = intake.came.popleft()
                     exchange.body.settle()
@@ -252,7 +257,9 @@ class Downstream(asyncio.Protocol):
             return
         current = self._tunnel or self._current
         should_read = bool(self._lingers_s) or not (
-            self._intake.came or self._intake.rest is not None or (current is not None and current.is_blocked)
+            self._intake.came
+            or self._intake.rest is not None
+            or (current.is_blocked if current is not None else self.is_full)
         )
         if should_read != self._is_reading:
             self._is_reading = should_read
@@ -381,6 +388,9 @@ class Downstream(asyncio.Protocol):
             is_half = self._half_closed_s is not None or self._tunnel.is_half_closed
             if still_s > (settings.half_closed_timeout_s if is_half else settings.tunnel_idle_timeout_s):
                 self._tunnel.close_tunnel()
+        elif exchange is None and self.is_full:
+            if not self._is_taking(still_s, settings.body_progress_timeout_s):
+                self.cut()
         elif exchange is None and self._intake.is_in_head:
             if now_s - self._intake.head_since_s > settings.head_timeout_s:
                 self._refuse(RequestError(Problem.TIMED_OUT, "the request's head did not arrive in time", status=408))

@@ -217,7 +217,10 @@ class Exchange:
         body.total_bytes += len(data)
         if body.total_bytes > body_bytes_max:
             return False
-        if self.state == DONE or self.error is not None or (self.state == ANSWERING and self.is_waiting_for_100):
+        if self.state == DONE or self.error is not None:
+            return True
+        if self.state == ANSWERING and self.is_waiting_for_100:  # its worker answers without having asked for it
+            body.is_torn = True
             return True
         if self._is_streaming:
             self._stream(data)
@@ -355,15 +358,13 @@ class Exchange:
 
     # --- the worker's side (`upstream.Taker`)
 
-    def connected(self, connection: Upstream) -> None:
+    def connected(self, connection: Upstream) -> bool:
         leader = self.leader
         assert leader is not None
         if not self.desk.is_current(self):  # it changed while a connection was awaited
             connection.taker = None
-            assert self.pool is not None
-            self.pool.give_back(connection)
             self.desk.happened(self, Happened.UNSENT)
-            return
+            return False
         self.connection = connection
         self.state = SENT
         self.client.touch()
@@ -391,6 +392,7 @@ class Exchange:
             connection.write(b"%bContent-Length: 0\r\n%b: %d\r\n\r\n" % (prefix, _EPOCH_NAME, leader.epoch))
         else:
             connection.write(b"%b%b: %d\r\n\r\n" % (prefix, _EPOCH_NAME, leader.epoch))
+        return True
 
     def not_connected(self) -> None:
         self.desk.happened(self, Happened.NOT_OPENED)
@@ -538,8 +540,8 @@ class Exchange:
 
     def crowded_out(self) -> None:
         """It has waited for a connection for too long."""
-        if self.take_back():
-            self.fail(CROWDED)
+        self.take_back()
+        self.fail(CROWDED)
 
     def upstream_full(self) -> None:
         self.is_blocked = True
@@ -609,7 +611,7 @@ class Exchange:
         if self.connection is not None:
             if self.body.ending:
                 self.connection.write(self.body.ending)
-            self.connection.is_sent = True
+            self.connection.is_sent = self.body.is_as_long_as_said
 
     def _free(self) -> list[bytes]:
         """What was kept of the body, which is not kept any more."""

@@ -21,7 +21,7 @@ from shardlead.router.exchange import SENT, Client, Desk, Exchange
 from shardlead.router.forwarded import Forwarder
 from shardlead.router.heads import AnswerHead, Fields, Kinds, is_host, is_request_id, read_request
 from shardlead.router.known import BYTES_MAX, Known, RequestFields
-from shardlead.router.plans import Plans, RequestPlan, lines_bytes, split_fields, without_keep_alive
+from shardlead.router.plans import Plans, RequestPlan, plain_lines, split_fields, without_keep_alive
 from shardlead.router.pool import Pool
 from shardlead.router.upstream import Upstream
 
@@ -135,11 +135,13 @@ class Express:
         """Send the request that is this packet; False: it must go the long way, and nothing has happened."""
         end = data.find(b"\r\n\r\n")
         line = len(method) + len(target) + 1  # where the request line's " HTTP/1.1" begins
+        said = data[line + 9 : end]
         seen = dict(fields)
         if (
             end + 4 + body_bytes != len(data)
-            or data[line : line + 11] != b" HTTP/1.1\r\n"
-            or end - line - 9 != lines_bytes(seen)  # 9: " HTTP/1.1"
+            or data[line : line + 9] != b" HTTP/1.1"
+            or said != plain_lines(fields)
+            or len(seen) != len(fields)
         ):
             return False
         if not is_host(seen[plan.host]) or b"#" in target:
@@ -149,7 +151,7 @@ class Express:
                 return False
         elif body_bytes:
             return False
-        said = lines = data[line + 9 : end]
+        lines = said
         if plan.connection:
             lines = without_keep_alive(said + b"\r\n", plan.connection, seen[plan.connection])[:-2]
             if not lines:
@@ -318,7 +320,7 @@ class Express:
 
     # --- `upstream.Taker`: what an ordinary request never hears of
 
-    def connected(self, connection: Upstream) -> None:
+    def connected(self, connection: Upstream) -> bool:
         raise AssertionError(f"{self!r} takes {connection!r} itself")
 
     def not_connected(self) -> None:

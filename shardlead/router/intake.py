@@ -180,13 +180,18 @@ class Intake:
         self.is_in_head = False
         self.error = None
         self._filling = None
-        self.came.clear()
+        came, self.came = self.came, deque()
+        for exchange in came:
+            exchange.client_left()
 
     # --- parser
 
     def on_message_begin(self) -> None:
         if self._lazy_plan is not None:  # there is more than one in this packet
             self._understand()
+        if self.is_deaf:
+            self._refusal = RequestError(Problem.BAD_REQUEST, "a request behind the connection's last one")
+            raise self._refusal
         self.is_in_head = True
         self.head_since_s = self._front.now_s
         self._url = b""
@@ -342,17 +347,12 @@ class Intake:
         self.rest = rest
 
     def _stop_for(self, exc: httptools.HttpParserError) -> None:
-        if isinstance(exc, httptools.HttpParserCallbackError):
-            refusal, self._refusal = self._refusal, None
-            if refusal is not None:
-                self._fail_after(refusal)
-                return
+        refusal, self._refusal = self._refusal, None
+        if isinstance(exc, httptools.HttpParserCallbackError) and refusal is None:
             log.error("failed on a request", exc_info=exc)
             self._client.cut()
-        elif self.is_deaf and self._filling is None:
-            pass  # bytes after the last request of the connection
-        else:
-            self._fail_after(RequestError(Problem.BAD_REQUEST, str(exc)))
+        elif not self.is_deaf or self._filling is not None:  # else these are bytes behind the connection's last request
+            self._fail_after(refusal or RequestError(Problem.BAD_REQUEST, str(exc)))
 
     def _fail_after(self, error: RequestError) -> None:
         """The connection cannot be read any more. Whole requests before this are answered first."""

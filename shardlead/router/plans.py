@@ -7,7 +7,7 @@ meaning a router takes part but Host, the key's and Idempotency-Key, each of the
 Its other lines may pass as the bytes they came in: the parser has read them, and no other reading of them exists.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -128,20 +128,20 @@ def without_keep_alive(message: bytes, name: bytes, value: bytes) -> bytes:
 
 
 def is_whole_answer(
-    data: bytes, phrase: bytes, fields: Mapping[bytes, bytes], plan: AnswerPlan, body_bytes: int
+    data: bytes, phrase: bytes, fields: Sequence[tuple[bytes, bytes]], length: bytes, body_bytes: int
 ) -> bool:
-    """Whether the packet is one answer, framed as it says, and nothing else."""
+    """Whether the packet is one answer, framed as its Content-Length says, and nothing else."""
     end = data.find(b"\r\n\r\n")
     return (
-        fields[plan.length] == b"%d" % body_bytes
+        length == b"%d" % body_bytes
         and end + 4 + body_bytes == len(data)
-        and end - 13 - len(phrase) == lines_bytes(fields)  # 13: "HTTP/1.1 200 "
+        and data[13 + len(phrase) : end] == plain_lines(fields)  # 13: "HTTP/1.1 200 "
         and data.startswith(b"HTTP/1.1 ")
         and phrase in _PHRASES
     )
 
 
-def lines_bytes(fields: Mapping[bytes, bytes]) -> int:
-    """How long their lines are if each is spelled "name: value" and no name stands there twice; if a head's lines are
-    not as long, they are not so."""
-    return sum(map(len, fields)) + sum(map(len, fields.values())) + 4 * len(fields)
+def plain_lines(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Their lines, each behind a line end and spelled "name: value". A head's own may be spelled otherwise: without
+    the space, or with more of it, which is no part of the value."""
+    return b"".join([b"\r\n%b: %b" % field for field in fields])

@@ -85,8 +85,7 @@ class Pool:
         """Call `taker.connected` with a connection, now or later; or `taker.not_connected`, later."""
         connection = self.take_idle(must_be_alive=must_be_alive)
         if connection is not None:
-            connection.taker = taker
-            taker.connected(connection)
+            self._hand_over(connection, deque((taker,)))
             return
         self.waiting.append(taker)
         if self._failures and self._is_resting():
@@ -121,17 +120,16 @@ class Pool:
         return True
 
     def give_back(self, connection: Upstream) -> None:
-        """An answer was received whole."""
+        """It is free: its answer was received whole, nobody wants it, or it is new."""
         self.busy.pop(connection, None)
         if not (connection.is_reusable and connection.is_sent):
             connection.close()
             self._open_more()
         elif self.waiting:
-            self._hand_over(connection)
+            self._hand_over(connection, self.waiting)
         elif self.is_leaving:
             connection.close()
         else:
-            connection.is_used = True
             connection.idle_since_s = self.now_s
             self.idle.append(connection)
 
@@ -161,19 +159,21 @@ class Pool:
 
     def close(self) -> None:
         """End everything, at once and for good."""
-        self._is_closed = True
+        self._is_closed = self.is_leaving = True
         self.waiting.clear()
         for task in tuple(self._connecting):
             task.cancel()
         for connection in [*self.idle, *self.busy]:
             connection.abort()
 
-    def _hand_over(self, connection: Upstream) -> None:
-        connection.is_used = True
-        taker = self.waiting.popleft()
-        connection.taker = taker
+    def _hand_over(self, connection: Upstream, takers: deque[Taker]) -> None:
+        """To the first of them that still wants it; if none does, it goes home."""
         self.busy[connection] = None
-        taker.connected(connection)
+        while takers:
+            taker = connection.taker = takers.popleft()
+            if taker.connected(connection):
+                return
+        self.give_back(connection)
 
     def _open_more(self) -> None:
         if self._is_closed:
@@ -203,17 +203,10 @@ class Pool:
         if connection.transport is None:
             if self.waiting and not self._is_closed:
                 self.waiting.popleft().not_connected()
-        elif self.waiting:
-            taker = connection.taker = self.waiting.popleft()
-            self.busy[connection] = None
-            taker.connected(connection)
+        else:
+            self.give_back(connection)
             if self.waiting:
                 self._open_more()  # one may have tried for all
-        elif self.is_leaving:
-            connection.close()
-        else:
-            connection.idle_since_s = self.now_s
-            self.idle.append(connection)
 
     def _is_resting(self) -> bool:
         return asyncio.get_running_loop().time() < self._rests_until_s

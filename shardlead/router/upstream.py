@@ -34,8 +34,9 @@ _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # the parser lets th
 class Taker(Protocol):
     """A request that has a connection, or waits for one."""
 
-    def connected(self, connection: "Upstream") -> None:
-        """The connection is yours: send."""
+    def connected(self, connection: "Upstream") -> bool:
+        """The connection is yours: send. False: it is not wanted any more, and is for the next one."""
+        ...
 
     def not_connected(self) -> None:
         """No connection could be opened."""
@@ -125,7 +126,6 @@ class Upstream(asyncio.Protocol):
         "idle_since_s",
         "is_reusable",
         "is_sent",
-        "is_used",
         "pool",
         "quick",
         "taker",
@@ -142,7 +142,6 @@ class Upstream(asyncio.Protocol):
         self.quick: Quick | None = None  # the taker, if its request is an ordinary one
         self.transport: asyncio.Transport | None = None
         self.is_reusable = True
-        self.is_used = False
         self.is_sent = True  # the request was written to its end
         self.idle_since_s = 0.0
         self.expects_bodiless = False  # the request was a HEAD
@@ -333,7 +332,7 @@ class Upstream(asyncio.Protocol):
             or quick is None
             or status == 204
             or status == 304
-            or not is_whole_answer(data, self._phrase, fields, plan, body_bytes)
+            or not is_whole_answer(data, self._phrase, self._fields, fields[plan.length], body_bytes)
         ):
             return False
         end = data.find(b"\r\n\r\n")

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from shardlead.router.exchange import ANSWERING, Exchange
 from tests.router.support import Request, Stage, request_bytes, run, stage
 
 MIB = 1_048_576
@@ -160,6 +161,100 @@ def test_a_worker_that_answers_without_asking_for_the_body_is_passed_on(size: in
                 assert answer.headers["connection"] == "close"
                 assert await client.closed()
                 await here.true(lambda: not worker.open)
+
+    run(main)
+
+
+def test_a_body_of_which_some_was_thrown_away_is_not_sent_again() -> None:
+    """The first worker began to answer without having asked for the body, and was lost before anything had left for
+    the client: the next one would get a body with a hole in it."""
+
+    async def main() -> None:
+        async with stage() as here:
+            lost = asyncio.Event()
+
+            async def script(request: Request) -> None:
+                await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+                await lost.wait()
+                await request.close()
+
+            worker = await here.start("w1", script, idempotent=True)
+            await here.lead(worker)
+            client = await here.client()
+            head = b"POST /k/a HTTP/1.1\r\nHost: t\r\nIdempotency-Key: q\r\nTransfer-Encoding: chunked\r\n\r\n"
+            await client.send(head + b"3\r\naaa\r\n")
+            exchange = await _answering(here)
+            await client.send(b"3\r\nbbb\r\n")
+            await here.true(lambda: exchange.body.total_bytes == 6)
+            lost.set()
+            assert (await client.answer()).problem == "outcome-unknown"
+            await client.send(b"3\r\nccc\r\n0\r\n\r\n")
+            assert len(worker.requests) == 1
+
+    run(main)
+
+
+async def _answering(here: Stage) -> Exchange:
+    """The one request under way, once its answer has begun."""
+    connection = next(iter(here.router._connections))
+    await here.true(lambda: connection._current is not None and connection._current.state == ANSWERING)
+    assert connection._current is not None
+    return connection._current
+
+
+def test_nothing_behind_the_last_answer_is_processed() -> None:
+    """A body is too long while it is streamed: the client is told that the connection ends, and a whole request that
+    came in the same packet was not heard."""
+
+    async def main() -> None:
+        async with stage(body_bytes_max=1_000) as here:
+
+            async def script(request: Request) -> None:
+                if request.expects_continue:
+                    await request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    await request.reader.read()
+                else:
+                    await request.answer(200)
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(b"POST /k/a HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+            await worker.received(1)
+            await client.send(b"3e9\r\n%b\r\n0\r\n\r\n" % bytes(1_001) + request_bytes("POST", "/k/second", b"x"))
+            answer = await client.answer()
+            assert (answer.status, answer.headers["connection"]) == (413, "close")
+            assert await client.closed()
+            assert (await here.ask("GET", "/k/a")).status == 200
+            assert [request.target for request in worker.requests] == ["/k/a", "/k/a"]
+
+    run(main)
+
+
+def test_requests_behind_an_answer_that_has_to_close_the_connection_are_forgotten() -> None:
+    """An HTTP/1.0 client gets an answer without a length: what came behind that request is nobody's, and not kept."""
+
+    async def main() -> None:
+        async with stage() as here:
+            go = asyncio.Event()
+
+            async def script(request: Request) -> None:
+                await go.wait()
+                await request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            client = await here.client()
+            keep = b"HTTP/1.0\r\nConnection: keep-alive\r\n"
+            post = b"POST /k/a %bContent-Length: 30000\r\n\r\n%b" % (keep, bytes(30_000))
+            await client.send(b"GET /k/a %b\r\n" % keep + post * 3)
+            await worker.received(1)
+            await here.true(lambda: here.router.counts.kept_bytes == 90_000)
+            go.set()
+            answer = await client.answer()
+            assert (answer.body, answer.headers["connection"]) == (b"abc", "close")
+            await here.true(lambda: not here.router.counts.kept_bytes)
+            assert len(worker.requests) == 1
 
     run(main)
 

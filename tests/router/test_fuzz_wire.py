@@ -202,7 +202,8 @@ class Workers:
     def take(self, taker: Taker, *, must_be_alive: bool) -> None:
         connection = self.take_idle()
         connection.taker = taker
-        taker.connected(connection)
+        if not taker.connected(connection):
+            self.give_back(connection)
 
     def take_idle(self) -> Upstream:
         if self.idle:

@@ -788,6 +788,40 @@ def test_who_waits_for_a_connection_follows_the_leader() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("connections_max", [1, 8])
+def test_a_thousand_that_wait_for_a_connection_follow_the_leader(connections_max: int) -> None:
+    """One is told of a larger epoch: all that wait behind it are held, and go to the next leader, in their order."""
+
+    async def main() -> None:
+        async with stage(upstream_connections_max=connections_max) as here:
+            go = asyncio.Event()
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                await go.wait()
+                await request.refuse("stale", epoch=request.epoch + 1)
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            clients = [await here.client() for _ in range(1_000)]
+            for number, client in enumerate(clients):
+                await client.send(request_bytes("POST", f"/k/a/{number}", b"x"))
+            await worker.received(connections_max)
+            pool = next(iter(here.router.desk.pools.values()))
+            await here.true(lambda: len(pool.waiting) == 1_000 - connections_max)
+            go.set()
+            await here.held(1_000)
+            worker.script = echo
+            del worker.requests[:]
+            await here.lead(worker)
+            for client in clients:
+                assert (await client.answer()).status == 200
+            if connections_max == 1:
+                assert [each.target for each in worker.requests] == [f"/k/a/{number}" for number in range(1_000)]
+
+    run(main)
+
+
 def test_a_leader_that_swallows_connections_does_not_swallow_requests() -> None:
     """Nobody accepts at the leader's address (a lost machine): requests wait, one of them trying, and go on when
     another leads."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,6 +195,32 @@ def test_clients_that_differ_in_different_fields_are_not_mixed_up() -> None:
             for number, ((_, full, empty), request) in enumerate(zip(turns, worker.requests, strict=True)):
                 said = dict(request.raw_headers)
                 assert (said[full.decode()], said[empty.decode()]) == (str(number), "")
+
+    run(main)
+
+
+def test_blanks_around_a_value_are_no_part_of_it() -> None:
+    """However a field's line is spelled, the worker is told the client's value, also if other lines' spelling makes up
+    for the length."""
+
+    async def main() -> None:
+        async with stage() as here:
+            worker = await here.start("w1", lambda request: answer(request, []))
+            await here.lead(worker)
+            await ask_all(here, behind=[get(b"GET /p HTTP/1.1", FIELDS + b"Auth: %d\r\nB: 1\r\n" % n) for n in (1, 2)])
+            client = await here.client()
+            for key, auth in itertools.product((b":\ta", b":  a", b":a", b": a ", b": a"), repeat=2):
+                for last in (b"B: 1", b"B:1", b"B:\t1 "):
+                    fields = b"Host: test\r\nX-Shard-Key%b\r\nAuth%b\r\n%b\r\n" % (key, auth, last)
+                    await client.send(get(b"GET /p HTTP/1.1", fields))
+                    assert (await client.answer()).status == 200
+                    told = dict(worker.requests[-1].raw_headers)
+                    assert [told[name] for name in ("X-Shard-Key", "Shardlead-Key", "Auth", "B")] == [
+                        "a",
+                        "a",
+                        "a",
+                        "1",
+                    ]
 
     run(main)
 

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from shardlead.router.downstream import WRITE_HIGH_BYTES
 from tests.router.support import Request, Stage, request_bytes, run, stage
 
 MIB = 1_048_576
@@ -251,6 +252,56 @@ def test_a_client_that_takes_its_answer_slowly_gets_it_whole() -> None:
             await asyncio.sleep(3)  # a second each for: a mark that may be old, being looked at, a window of 1 s
             await here.true(lambda: here.router.counts.client_connections == 0)
             raw.close()
+            await _is_quiet(here)
+
+    run(main)
+
+
+@pytest.mark.parametrize("target", ["/k/a", "/no-key"])
+def test_a_client_that_sends_on_and_reads_nothing_is_read_no_further(target: str) -> None:
+    """What is kept of its answers has a bound, however many it asks for; if it reads, it gets them all."""
+
+    async def main() -> None:
+        async with stage(head_timeout_s=1.0, body_progress_timeout_s=30.0) as here:
+            answers = 0
+
+            async def script(request: Request) -> None:
+                nonlocal answers
+                answers += 1
+                await request.answer(200, bytes(60_000), Date="today")
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            client = await here.client()
+            count = 40_000
+            packet = request_bytes("GET", target)
+            sending = asyncio.create_task(client.send(packet * count))
+            connection = next(iter(here.router._connections))
+            await here.true(lambda: connection.is_full)
+            for _ in range(20):  # it stays so, while the client would send more
+                await asyncio.sleep(0.1)
+                assert connection._transport is not None
+                assert connection._transport.get_write_buffer_size() < WRITE_HIGH_BYTES + 70_000
+            assert answers < 200
+            for _ in range(500):
+                answer = await client.answer()
+                assert answer.status == (200 if target == "/k/a" else 400)
+            sending.cancel()
+
+    run(main)
+
+
+def test_a_client_that_takes_none_of_its_answers_is_cut() -> None:
+    """It has asked for more than the router keeps, and reads nothing."""
+
+    async def main() -> None:
+        async with stage(body_progress_timeout_s=1.0) as here:
+            worker = await here.start("w1", lambda request: request.answer(200, bytes(60_000)))
+            await here.lead(worker)
+            client = await here.client()
+            sending = asyncio.create_task(client.send(request_bytes("GET", "/k/a") * 40_000))
+            await here.true(lambda: not here.router._connections)
+            sending.cancel()
             await _is_quiet(here)
 
     run(main)
