@@ -67,10 +67,10 @@ class Passing:
         is_failure: bool,
         why: str,
     ) -> PassAnswer:
-        """T4: delete our key, with an offer to the first of `heirs` whose lease stands. A newer key of our own
-        session is deleted as well.
+        """T4: delete our key, with an offer to the first of `heirs` whose lease stands.
 
-        Done, LedBy and Nobody all mean that it is over; only Undecided must be repeated.
+        Done, Nobody, and LedBy another session all mean that it is over; Undecided must be repeated. LedBy our own: a
+        re-mint was applied late, and that larger epoch has to be given up, too; nothing was sent for it.
         """
         keys, session = self._keys, self._session
         try:
@@ -107,7 +107,9 @@ class Passing:
                 return Undecided(reason)
             case Conflict(_, results):
                 holder = self._leaders.holder(results[0])
-                if isinstance(holder, LedBy) and holder.leader.sid == session.sid:
+                if (  # the store's revisions have gone back
+                    isinstance(holder, LedBy) and holder.leader.sid == session.sid and holder.revision < revision
+                ):
                     return await self.resign(
                         shard, holder.revision, heirs, is_clean=is_clean, is_failure=is_failure, why=why
                     )

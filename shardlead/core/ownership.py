@@ -217,6 +217,14 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewed:
+    """While it is given up: a re-mint that was sent before has been applied, and the shard is ours under this newer
+    epoch, which nobody has served."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Suspended:
     """The session's deadline passed. `is_busy`: something of this shard was running."""
 
@@ -255,6 +263,7 @@ Event = (
     | Closed
     | Passed
     | Refused
+    | Renewed
     | Suspended
     | Confirmed
     | Gone
@@ -485,6 +494,11 @@ def _passing(state: Passing, event: Event) -> Step:
             return Passing(epoch, instead), (Send(epoch, instead),)
         case GivenUp(reason) if isinstance(goal, Remint):
             return Passing(epoch, Resign(reason)), (Send(epoch, Resign(reason)),)
+        case Renewed(new_epoch):
+            # first the state, then the transaction: who still sees the key finds the epoch dead
+            assert isinstance(goal, Resign), f"{event} in {state}"
+            assert new_epoch > epoch, f"{event} in {state}"
+            return Passing(new_epoch, goal), (Send(new_epoch, goal),)
         case Gone():
             return Idle(epoch), ()
         case Won(seen_epoch) if seen_epoch <= epoch:

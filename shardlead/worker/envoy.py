@@ -33,13 +33,20 @@ class NotOurs:
 
 
 @dataclass(frozen=True, slots=True)
+class StillOurs:
+    """Under this newer epoch, by a re-mint that was applied late; nothing was sent to end that one."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class AskAgain:
     """Undecided."""
 
     reason: str
 
 
-Passage = PassedOn | NotPassed | NotOurs | AskAgain
+Passage = PassedOn | NotPassed | NotOurs | StillOurs | AskAgain
 
 
 class Envoy(Protocol):

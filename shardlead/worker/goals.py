@@ -16,7 +16,7 @@ from shardlead.core.model import epoch_of, revision_of
 from shardlead.core.ownership import HandOver, Remint, Resign
 from shardlead.core.shardmap import Member
 from shardlead.metrics import WorkerMetrics
-from shardlead.worker.envoy import AskAgain, NotOurs, NotPassed, Passage, PassedOn
+from shardlead.worker.envoy import AskAgain, NotOurs, NotPassed, Passage, PassedOn, StillOurs
 
 log = logging.getLogger("shardlead.goals")
 
@@ -70,6 +70,8 @@ class Goals:
                 if isinstance(resigned, Done):
                     self._metrics.resigns.labels("failure" if is_failure else "stop").inc()
                     return PassedOn()
+                if isinstance(resigned, LedBy) and resigned.leader.sid == self._session.sid:
+                    return StillOurs(epoch_of(self._generation, resigned.revision))
                 return _not_ours(resigned)
             case Remint(reason):
                 minted = await self._passing.remint(shard, revision)

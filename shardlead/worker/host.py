@@ -25,7 +25,7 @@ from shardlead.metrics import WorkerMetrics
 from shardlead.worker.admission import Admission, Admitted, Parked, Turned
 from shardlead.worker.audit import AuditLog
 from shardlead.worker.entry import Entry
-from shardlead.worker.envoy import AskAgain, Envoy, NotOurs, NotPassed, Passage, PassedOn
+from shardlead.worker.envoy import AskAgain, Envoy, NotOurs, NotPassed, Passage, PassedOn, StillOurs
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.objects import Objects
 from shardlead.worker.tasks import Tasks
@@ -376,6 +376,8 @@ class Host:
                     self.feed(shard, ownership.Refused(reason, may_keep=not self.is_stopping))
                 case NotOurs(reason):
                     self.feed(shard, ownership.Gone(reason))
+                case StillOurs(newer_epoch):
+                    self.feed(shard, ownership.Renewed(newer_epoch))
                 case AskAgain(reason):
                     if not is_told:
                         is_told = True

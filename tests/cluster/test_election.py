@@ -302,6 +302,26 @@ def test_after_a_handoff_the_targets_lease_is_waited_for(on_stage: Play, is_long
     on_stage(scene)
 
 
+def test_a_newer_epoch_of_ones_own_is_told_before_it_is_given_up(on_stage: Play) -> None:
+    """A re-mint was applied and nobody heard of it: the resignation of the old epoch ends nothing, as who still sees the
+    key could take the new one for a leadership."""
+
+    async def scene(stage: Stage) -> None:
+        one = await stage.actor("w1")
+        old = (await claimed(one, 3)).revision
+        minted = await one.passing.remint(3, old)
+        assert isinstance(minted, Done)
+        answer = await one.passing.resign(3, old, (), is_clean=True, is_failure=False, why="stop")
+        assert isinstance(answer, LedBy)
+        assert (answer.leader.sid, answer.revision) == (one.session.sid, minted.revision)
+        assert await stage.get(stage.keys.leader(3)) is not None
+        answer = await one.passing.resign(3, minted.revision, (), is_clean=True, is_failure=False, why="stop")
+        assert isinstance(answer, Done)
+        assert await stage.get(stage.keys.leader(3)) is None
+
+    on_stage(scene)
+
+
 def test_the_past_is_kept_in_order_and_bounded(on_stage: Play) -> None:
     """history/ names the last eight tenures, newest first."""
 

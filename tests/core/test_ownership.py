@@ -32,6 +32,7 @@ from shardlead.core.ownership import (
     Passed,
     Refused,
     Remint,
+    Renewed,
     Send,
     Serve,
     Serving,
@@ -93,7 +94,7 @@ def answers(command: Command, epoch: int, rng: random.Random) -> Event:
         case Send(_, Remint()):
             return _one_of(rng, [Passed(epoch + 1, active, must_wait=rng.random() < 0.3), Gone("other")])
         case Send():
-            return _one_of(rng, [Passed(), Gone("other")])
+            return _one_of(rng, [Passed(), Passed(), Gone("other"), Renewed(epoch + 1)])
         case _:
             raise AssertionError(command)
 
@@ -148,6 +149,8 @@ def walk(seed: int) -> set[type]:
                 assert len(open_epochs) == 1
                 open_epochs.pop()
             newest = max(newest, getattr(event, "epoch", 0), getattr(event, "new_epoch", 0))
+        elif given_up and isinstance(state, Idle | Claiming) and rng.random() < 0.1:
+            event = Won(max(given_up))  # a look at the key that was answered before it went
         else:
             event = disturbances(state, rng)
             if isinstance(event, Failed) and not isinstance(state, Serving):
