@@ -405,10 +405,11 @@ def noting_sends(world: "World") -> Iterator[None]:
     each larger epoch that a worker's refusal tells them (I11); and aiohttp's client connects by the loop."""
     send = Exchange.connected
 
-    def noted(exchange: Exchange, connection: Upstream) -> None:
-        send(exchange, connection)
-        if exchange.connection is connection and exchange.leader is not None:
+    def noted(exchange: Exchange, connection: Upstream) -> bool:
+        is_sent = send(exchange, connection)
+        if is_sent and exchange.leader is not None:
             world.witness.router_sends(world.loop.current.name, exchange.shard, exchange.leader.epoch)
+        return is_sent
 
     turned_down = Traffic.turned_down
 
