@@ -60,10 +60,11 @@ class Member:
         self.last: joint_metrics.Families = ()  # what it counted when it was asked last
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[str] | None = None
 
     async def start(self, command: Sequence[str]) -> None:
         """Start the process. Raises OSError."""
+        self.process = None
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -91,24 +92,42 @@ class Member:
         return address
 
     async def page(self) -> joint_metrics.Families:
-        """Its metrics; those it had last if it does not answer."""
-        reader, writer = self._reader, self._writer
-        if self.is_serving and reader is not None and writer is not None:
+        """Its metrics; those it had last if it does not answer in time. An answer that is late is still read to its
+        end, so that the next one is not taken for it; until then nothing more is asked."""
+        if self.is_serving:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask(), name=f"metrics of router {self.number}")
             try:
-                async with asyncio.timeout(PAGE_TIMEOUT_S), self._asking:
-                    writer.write(b"metrics\n")
-                    size = int(await reader.readline())
-                    if size > PAGE_BYTES_MAX:
-                        raise ValueError(f"a page of {size} bytes")
-                    self.last = joint_metrics.read_page((await reader.readexactly(size)).decode())
-            except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as exc:
+                async with asyncio.timeout(PAGE_TIMEOUT_S):
+                    reason = await asyncio.shield(self._asking)
+            except TimeoutError:
+                reason = f"no answer within {PAGE_TIMEOUT_S:g} s"
+            if reason:
                 self.is_serving = self.process is not None and self.process.returncode is None
-                log.warning("no metrics of a router process", extra={"router": self.number, "reason": repr(exc)})
+                log.warning("no metrics of a router process", extra={"router": self.number, "reason": reason})
         return self.last
+
+    async def _ask(self) -> str:
+        """Ask for a page and read it; why there is none, or "". Has no time-out: the socket's end ends it."""
+        reader, writer = self._reader, self._writer
+        if reader is None or writer is None:
+            return "it has ended"
+        try:
+            writer.write(b"metrics\n")
+            size = int(await reader.readline())
+            if size > PAGE_BYTES_MAX:
+                raise ValueError(f"a page of {size} bytes")
+            page = joint_metrics.read_page((await reader.readexactly(size)).decode())
+        except (OSError, ValueError, asyncio.IncompleteReadError) as exc:
+            return repr(exc)
+        if self._reader is reader:  # else its process has ended, and is counted with those that have
+            self.last = page
+        return ""
 
     def close(self) -> None:
         """Its process has ended."""
         self.is_serving = False
+        self._asking = None  # if it still reads, it comes to an end with the socket
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
@@ -165,7 +184,12 @@ class Group:
     async def _live(self, member: Member) -> int:
         settings = [f"router.port={self._port}", "router.processes=1", "admin.port=-1"]
         flags = [word for setting in settings for word in ("--set", setting)]
-        await member.start([*self._command, *flags, "--name", f"{self._name}-{member.number}", "--share-port"])
+        try:
+            await member.start([*self._command, *flags, "--name", f"{self._name}-{member.number}", "--share-port"])
+        except OSError as exc:  # no process or memory to be had: the others go on
+            log.warning("a router process could not be started", extra={"router": member.number, "reason": str(exc)})
+            member.close()
+            return 1
         assert member.process is not None
         try:
             address = await member.ready()

@@ -155,10 +155,11 @@ class Dispatch:
         if self._access is not None:
             self._access.add(exchange, outcome, now)
 
-    def tunnelled(self, exchange: Exchange) -> None:
-        """It has become a tunnel, which closes when its shard moves."""
+    def tunnelled(self, exchange: Exchange) -> bool:
+        """It has become a tunnel, which closes when its shard moves; False: it has moved meanwhile."""
         self.counts.tunnels += 1
         self._tunnels.setdefault(exchange.shard, {})[exchange] = None
+        return not _has_moved(exchange, self._traffic.leader(exchange.shard))
 
     # --- carrying out
 
@@ -183,11 +184,7 @@ class Dispatch:
             if change.after is not None:
                 touched[change.after.worker] = None
             for exchange in tuple(self._tunnels.get(change.shard, ())):
-                if (
-                    exchange.state == TUNNEL
-                    and exchange.leader is not None
-                    and (change.after is None or change.after.epoch > exchange.leader.epoch)
-                ):
+                if exchange.state == TUNNEL and _has_moved(exchange, change.after):
                     exchange.close_tunnel()
         for name, sid in delta.workers_gone:
             self.pools.session_ended(name, sid)
@@ -202,3 +199,7 @@ class Dispatch:
     def sweep_pools(self, now_s: float) -> None:
         """Called about once a second, with the router's time."""
         self.pools.sweep(self._view.map, now_s)
+
+
+def _has_moved(exchange: Exchange, leader: Leader | None) -> bool:
+    return exchange.leader is not None and (leader is None or leader.epoch > exchange.leader.epoch)

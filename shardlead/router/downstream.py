@@ -54,7 +54,9 @@ class Front(Readings, Protocol):
 
     def forget(self, connection: "Downstream", peer: str) -> None: ...
 
-    def tunnelled(self, exchange: Exchange) -> None: ...
+    def tunnelled(self, exchange: Exchange) -> bool:
+        """It has become a tunnel; False: its shard has moved meanwhile."""
+        ...
 
 
 class Downstream(asyncio.Protocol):
@@ -290,12 +292,14 @@ class Downstream(asyncio.Protocol):
         rest = self._intake.switch()
         self._tunnel = exchange
         self._current = None
-        self._front.tunnelled(exchange)
+        is_led = self._front.tunnelled(exchange)
         self.set_reading()
         if rest:
             exchange.client_tunnelled(rest)
-        if self._half_closed_s is not None and not exchange.client_half_closed():
+        if not is_led or (self._half_closed_s is not None and not exchange.client_half_closed()):
             exchange.close_tunnel()
+        elif self._front.is_stopping:
+            self._close()
 
     def half_close(self) -> bool:
         transport = self._transport

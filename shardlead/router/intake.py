@@ -118,24 +118,31 @@ class Intake:
         if self.rest is not None:
             self.rest += data
             return
+        again = self._read(data, express)
+        while again:
+            again = self._read(again)
+
+    def _read(self, data: bytes, express: Express | None = None) -> bytes:
+        """Read it; what is to be read next instead of its end."""
         self._packet_bytes = len(data)
         if self._filling is not None:
             self._bare_bytes += len(data)
         elif express is not None:
             if not self.is_in_head and express.send_known(data):
-                return
+                return b""
             self._may_be_lazy = not self.is_in_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
             self._catch_up()
-            self._stop_for_upgrade(data[exc.args[0] :])
+            self._may_be_lazy = False
+            return self._stop_for_upgrade(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
             self._catch_up()
             self._stop_for(exc)
         if self._lazy_plan is not None:
             if express is not None and self._is_lazy_whole and self._send_at_once(data, express, self._lazy_plan):
-                return
+                return b""
             self._catch_up()
         self._may_be_lazy = False
         if not self.is_in_head:
@@ -150,6 +157,7 @@ class Intake:
             self._head_pieces.append(data)
             if self._head_bytes > self._front.settings.head_bytes_max:
                 self._measure_head()
+        return b""
 
     def stay_http(self) -> None:
         """The other protocol was not granted: what came behind the request is read as requests."""
@@ -337,14 +345,16 @@ class Intake:
 
     # --- ends
 
-    def _stop_for_upgrade(self, rest: bytes) -> None:
-        """The parser has stopped behind a request that asks for another protocol."""
+    def _stop_for_upgrade(self, rest: bytes) -> bytes:
+        """The parser has stopped behind a request that asks for another protocol; what is to be read next."""
+        self._head_bytes = 0
+        self._head_pieces.clear()
         if self._reparse is not None:  # asked for nothing we do: it is read again as an ordinary request
             head, self._reparse = self._reparse, None
             self._parser = httptools.HttpRequestParser(self)
-            self.feed(head + rest)
-            return
+            return head + rest
         self.rest = rest
+        return b""
 
     def _stop_for(self, exc: httptools.HttpParserError) -> None:
         refusal, self._refusal = self._refusal, None

@@ -237,5 +237,5 @@ class Router:
                 del self._peers[peer]
             self._left.set()
 
-    def tunnelled(self, exchange: Exchange) -> None:
-        self.desk.tunnelled(exchange)
+    def tunnelled(self, exchange: Exchange) -> bool:
+        return self.desk.tunnelled(exchange)

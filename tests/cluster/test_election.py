@@ -303,8 +303,8 @@ def test_after_a_handoff_the_targets_lease_is_waited_for(on_stage: Play, is_long
 
 
 def test_a_newer_epoch_of_ones_own_is_told_before_it_is_given_up(on_stage: Play) -> None:
-    """A re-mint was applied and nobody heard of it: the resignation of the old epoch ends nothing, as who still sees the
-    key could take the new one for a leadership."""
+    """A re-mint was applied and nobody heard of it: the resignation of the old epoch ends nothing, as who sees the
+    key still could take the new one for a leadership."""
 
     async def scene(stage: Stage) -> None:
         one = await stage.actor("w1")

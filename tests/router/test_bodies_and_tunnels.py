@@ -7,7 +7,7 @@ import os
 import pytest
 
 from shardlead.router.exchange import ANSWERING, Exchange
-from tests.router.support import Request, Stage, request_bytes, run, stage
+from tests.router.support import WAIT_S, Request, Stage, request_bytes, run, stage
 
 MIB = 1_048_576
 
@@ -396,6 +396,72 @@ def test_a_tunnel_closes_when_its_shard_moves() -> None:
             assert await clients[0].closed()
             await clients[1].send(b"still here")
             assert await clients[1].reader.readexactly(10) == b"STILL HERE"
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_stopping", [False, True], ids=["moved", "stopping"])
+def test_a_tunnel_that_is_granted_too_late_is_closed(is_stopping: bool) -> None:
+    """Its shard has moved since the request was sent, or the router is stopping."""
+
+    async def main() -> None:
+        async with stage(shutdown_timeout_s=60.0) as here:
+            go = asyncio.Event()
+
+            async def later(request: Request) -> None:
+                await go.wait()
+                await _switch(request)
+
+            worker = await here.start("w1", later)
+            await here.lead(worker)
+            client = await here.client()
+            await client.send(request_bytes("GET", "/k/a", b"", **UPGRADE))
+            await worker.received(1)
+            if is_stopping:
+                here.router.stop()
+                await here.true(lambda: not here.router.is_ready)
+            else:
+                await here.lead(await here.start("w2"))
+            go.set()
+            assert (await client.answer()).status == 101
+            async with asyncio.timeout(WAIT_S):
+                assert await client.reader.read() in (b"", b"hello")
+            await here.true(lambda: not here.router.counts.tunnels and not here.router.counts.client_connections)
+
+    run(main)
+
+
+ECHO = b"GET /k/a HTTP/1.1\r\nHost: t\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n"
+H2C = b"GET /x HTTP/1.1\r\nHost: t\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+
+def test_a_thousand_requests_for_another_protocol_in_one_packet_are_answered() -> None:
+    """They are read as ordinary ones, one after the other; behind a request whose upgrade is not granted, too, when the
+    connection to the worker has already passed to another client."""
+
+    async def main() -> None:
+        async with stage(upstream_connections_max=1) as here:
+            go = asyncio.Event()
+
+            async def script(request: Request) -> None:
+                await request.read_body()
+                if request.number == 0:
+                    await go.wait()
+                await request.answer(200)
+
+            worker = await here.start("w1", script)
+            await here.lead(worker)
+            client, other = await here.client(), await here.client()
+            await client.send(ECHO + H2C * 1_000)
+            await worker.received(1)
+            await other.send(request_bytes("POST", "/k/a", b"abc"))
+            pool = next(iter(here.router.desk.pools.values()))
+            await here.true(lambda: len(pool.waiting) == 1)
+            go.set()
+            assert (await client.answer()).status == 200
+            assert (await other.answer()).status == 200
+            for _ in range(1_000):
+                assert (await client.answer()).problem == "key-missing"
 
     run(main)
 
