@@ -92,8 +92,9 @@ class Beacon:
         while self._tick_revision == seen_revision:
             if self._clock.now_ns() >= until_ns:
                 reason = "a tick was written and did not arrive"
+                has_rotated = False
                 for mirror in self._mirrors:
-                    mirror.distrust(reason)
+                    has_rotated = mirror.distrust(reason, is_rotating=not has_rotated) or has_rotated
                 self._tick_at_ns = self._clock.now_ns()
                 return False
             await asyncio.sleep(0.02)

@@ -190,8 +190,9 @@ class Passing:
         holder = self._leaders.holder(results[0])
         if not isinstance(holder, LedBy):
             return holder
-        if holder.leader.sid == want.target_sid:
-            return Done(holder.revision)  # an earlier try was applied
+        if holder.leader.sid == want.target_sid:  # an earlier try was applied
+            self._histories.forget(shard)
+            return Done(holder.revision)
         if holder.revision != revision:
             return holder
         wants, targets = (result.kvs if isinstance(result, RangeResult) else () for result in results[1:])

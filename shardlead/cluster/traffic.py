@@ -131,6 +131,7 @@ class Traffic(Generic[R]):
         clock: Clock,
     ) -> None:
         self.gates: dict[int, Gate[R]] = {}
+        self._ended: dict[int, int] = {}  # the last leader's epoch, of shards that nobody leads any more
         self._settings = settings
         self._view = view
         self._send = send
@@ -247,8 +248,13 @@ class Traffic(Generic[R]):
     def heed(self, delta: Delta) -> None:
         """News of leaders."""
         for change in delta.leaders:
+            if change.after is not None:
+                self._ended.pop(change.shard, None)
+            elif change.before is not None:
+                self._ended[change.shard] = change.before.epoch
             gate = self.gates.get(change.shard)
             if gate is not None:
+                self._raise_floor(gate)
                 self._reconsider(gate)
         if delta.is_reset:
             for gate in tuple(self.gates.values()):
@@ -312,7 +318,14 @@ class Traffic(Generic[R]):
         gate = self.gates.get(shard)
         if gate is None:
             gate = self.gates[shard] = Gate(shard)
+            self._raise_floor(gate)
         return gate
+
+    def _raise_floor(self, gate: Gate[R]) -> None:
+        """Nobody's word of a leader counts that is older than one who has been seen, and has gone."""
+        gate.floor = max(gate.floor, self._ended.get(gate.shard, 0))
+        if gate.hint is not None and gate.hint.epoch < gate.floor:
+            gate.hint = None
 
     def _forget_probe(self, request: R) -> None:
         gate = self.gates.get(request.shard)

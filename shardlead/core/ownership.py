@@ -182,9 +182,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """This worker lets it go without a target (it stops, and nobody wants the shard)."""
+    """This worker lets it go without a target (it stops, and nobody wants the shard; or it cannot serve it, which is a
+    failure)."""
 
     reason: str
+    is_failure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,8 +414,8 @@ def _before_service(state: Waiting | Opening | Paused, event: Event) -> Step:
             return Stopping(epoch, Drop(reason)), (Cancel(),)
         case Waiting() | Paused(), Gone():
             return Idle(epoch), ()
-        case Waiting() | Paused(is_open=False), GivenUp(reason):
-            goal = Resign(reason)
+        case Waiting() | Paused(is_open=False), GivenUp(reason, is_failure):
+            goal = Resign(reason, is_failure)
             return Passing(epoch, goal), (Send(epoch, goal),)
         case _, Suspended() | Confirmed() | Wanted() | GivenUp() | Due() | ClaimLost() | Failed() | FencedOff():
             return state, ()  # wants and stops come again with the next look at the world
@@ -430,8 +432,8 @@ def _in_service(state: Serving, event: Event) -> Step:
             if want.epoch_seen != epoch:
                 return state, ()  # asked of an earlier leadership
             return Draining(epoch, HandOver(want, want_revision)), (Drain(),)
-        case GivenUp(reason):
-            return Draining(epoch, Resign(reason)), (Drain(),)
+        case GivenUp(reason, is_failure):
+            return Draining(epoch, Resign(reason, is_failure)), (Drain(),)
         case Failed(reason):
             return Draining(epoch, Resign(reason, is_failure=True)), (Drain(),)
         case Suspended(is_busy):
@@ -465,8 +467,8 @@ def _ending(state: Draining | Stopping | Closing, event: Event) -> Step:
             return Stopping(epoch, goal), (Cancel(),)
         case _, Gone(reason):
             return replace(state, goal=Drop(reason)), ()
-        case _, GivenUp(reason) if isinstance(goal, Remint):
-            return replace(state, goal=Resign(reason)), ()
+        case _, GivenUp(reason, is_failure) if isinstance(goal, Remint):
+            return replace(state, goal=Resign(reason, is_failure)), ()
         case _, Won(seen_epoch) if seen_epoch <= epoch:
             return state, ()
         case Closing(), WorkEnded():
@@ -492,8 +494,9 @@ def _passing(state: Passing, event: Event) -> Step:
             assert isinstance(goal, HandOver), f"{event} in {state}"
             instead: Remint | Resign = Remint(reason) if may_keep else Resign(reason)
             return Passing(epoch, instead), (Send(epoch, instead),)
-        case GivenUp(reason) if isinstance(goal, Remint):
-            return Passing(epoch, Resign(reason)), (Send(epoch, Resign(reason)),)
+        case GivenUp(reason, is_failure) if isinstance(goal, Remint):
+            instead = Resign(reason, is_failure)
+            return Passing(epoch, instead), (Send(epoch, instead),)
         case Renewed(new_epoch):
             # first the state, then the transaction: who still sees the key finds the epoch dead
             assert isinstance(goal, Resign), f"{event} in {state}"

@@ -224,7 +224,7 @@ class SqliteFence:
                 while (job := self._jobs.get()) is not None:
                     if not self._serve(connection, job):
                         break
-        except sqlite3.Error as exc:
+        except Exception as exc:  # also what is no SQL in the user's schema: who enters must not wait for ever
             self._call(_settle, opened, ResourceUnavailable(str(self._path), f"cannot be opened: {exc}"))
         finally:
             self._is_closing = True

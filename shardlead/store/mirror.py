@@ -166,15 +166,20 @@ class Mirror:
         except TimeoutError:
             raise StoreUnavailable(f"{self._name} was not read within {timeout_s:g} s") from None
 
-    def distrust(self, reason: str) -> None:
+    def distrust(self, reason: str, *, is_rotating: bool = True) -> bool:
         """Somebody knows better than this watch: drop it, take another endpoint, resume. Without a watch there is
-        nothing to distrust: one is being sought already."""
+        nothing to distrust: one is being sought already. Whether there was one.
+
+        `is_rotating`: False if the endpoint was left already, for another mirror of the same store: with two endpoints,
+        who leaves twice is back."""
         bound, self._watch_bound = self._watch_bound, None
         if bound is None:
-            return
+            return False
         _log.warning("watch distrusted", extra={"range": self._name, "reason": reason})
-        self._store.rotate(reason)
+        if is_rotating:
+            self._store.rotate(reason)
         bound.reschedule(0.0)
+        return True
 
     async def run(self) -> None:
         """Follow the range until cancelled; survives every StoreError with bounded, jittered pauses."""

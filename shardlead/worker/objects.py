@@ -158,7 +158,7 @@ class Objects:
             return
         self._report(shard, event)
         if isinstance(event, ownership.FencedOff) and entry.refusals > REFUSALS_MAX:
-            self._report(shard, ownership.GivenUp(event.reason))
+            self._report(shard, ownership.GivenUp(event.reason, is_failure=True))
 
     def _refused(self, entry: Entry, reason: str) -> ownership.Event:
         """A new epoch helps where a newer leader has come and gone; where it does not, the shard is given up."""
@@ -312,7 +312,9 @@ class Objects:
             _, late = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
             task.cancel(CANCELLED)
-            await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
+            _, late = await asyncio.wait({task}, timeout=self._settings.cancel_grace_s)
+            if late:
+                self._leave_behind(shard)
             raise
         if not late:
             if task.cancelled():

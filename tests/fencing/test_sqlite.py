@@ -426,6 +426,17 @@ def test_a_function_that_ends_the_transaction_by_stealth_is_found_out(path: Path
     run(main)
 
 
+def test_a_schema_that_is_no_sql_is_told(path: Path) -> None:
+    """Whoever enters the fence hears of it, and does not wait for ever."""
+
+    async def main() -> None:
+        fence = SqliteFence(path, schema=[b"CREATE TABLE t (x)"])  # type: ignore[list-item]  # as said
+        with pytest.raises(ResourceUnavailable, match="cannot be opened"):
+            await asyncio.wait_for(fence.__aenter__(), 5.0)
+
+    run(main)
+
+
 def test_a_lock_that_is_not_let_go_is_waited_for_no_longer_than_said(path: Path) -> None:
     """ResourceUnavailable after the busy time-out; nothing was written; the next try may succeed."""
 

@@ -275,6 +275,38 @@ def test_who_waits_for_a_connection_hears_of_a_larger_epoch() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("is_held_before", [False, True])
+def test_a_late_refusal_names_a_leader_of_the_past(is_held_before: bool) -> None:
+    """One with a larger epoch has come and gone meanwhile: nobody is asked under the smaller one."""
+
+    async def main() -> None:
+        async with stage() as here:
+            go = asyncio.Event()
+            other = await here.start("w2")
+
+            async def late(request: Request) -> None:
+                await go.wait()
+                await request.refuse("stale", leader=f"w2 {other.address} {request.epoch + 1}")
+
+            worker = await here.start("w1", late)
+            shard = here.shard_of("a")
+            await here.lead(worker)
+            first = asyncio.create_task(here.ask("GET", "/k/a"))
+            await worker.received(1)
+            await here.lead(await here.start("w3"), shard)
+            await here.write(Delete(here.keyspace.leader(shard)))
+            tasks = await ask_in_order(here, 1) if is_held_before else []
+            go.set()
+            await here.held(1 + is_held_before)
+            assert not other.requests
+            epoch = await here.lead(other, shard)
+            assert (await first).status == 200
+            assert [await each for each in tasks] == [200] * is_held_before
+            assert {request.epoch for request in other.requests} == {epoch}
+
+    run(main)
+
+
 def test_a_suspended_leader_is_asked_again_under_the_same_epoch() -> None:
     """503 suspended: one request asks every 250 ms; when it is admitted, all that wait follow."""
 

@@ -383,6 +383,23 @@ def test_a_distrusted_watch_is_dropped_and_resumed_elsewhere() -> None:
     assert store.started == [10, 12]
 
 
+def test_two_mirrors_of_one_store_leave_an_endpoint_once() -> None:
+    """Who leaves one of two endpoints twice is back."""
+    store = ScriptedStore()
+    store.reads = [_page(10)]
+    store.watches = [[_put(b"k1", 12), asyncio.Event()], [_put(b"k2", 14)]]
+
+    def until(mirror: Mirror) -> bool:
+        if mirror.revision == 12:
+            assert mirror.distrust("the other has left it already", is_rotating=False)
+            assert not mirror.distrust("nothing stands")
+        return mirror.revision == 14
+
+    _followed(store, until)
+    assert store.rotations == []
+    assert store.started == [10, 12]
+
+
 def test_a_clean_end_is_no_end() -> None:
     """A stream that ends with OK is opened again."""
     ended = asyncio.Event()

@@ -152,11 +152,12 @@ def test_background_work_that_never_knows_gives_its_shard_up() -> None:
                 epochs.append(lead.epoch)
                 raise WriteUnknown(lead.shard, lead.epoch, "no answer")
 
-        await scene.start("w1", Script(run=run))
+        one = await scene.start("w1", Script(run=run))
         await scene.start("w2")
         await scene.assign({0: ("w1", "w2")})
         await scene.until(lambda: len(epochs) > REFUSALS_MAX)
         await scene.until(lambda: scene.leader(0) == "w2")
+        assert one.host.backoff_until_ns(0) > one.clock.now_ns(), "it has failed here, and is not tried again at once"
 
     play("embedded", act)
 

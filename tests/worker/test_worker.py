@@ -599,6 +599,29 @@ def test_work_that_will_not_end_costs_an_unfenced_class_its_process(on_scene: Pl
     on_scene(act)
 
 
+def test_an_open_that_will_not_end_costs_an_unfenced_class_its_process(on_scene: Play) -> None:
+    """The session is over while it opens, and it heeds no cancellation: the next leader would be the second."""
+
+    async def act(scene: Scene) -> None:
+        opening, may_end = asyncio.Event(), asyncio.Event()
+
+        async def stubborn(_lead: Leadership) -> None:
+            opening.set()
+            while not may_end.is_set():
+                with suppress(asyncio.CancelledError):
+                    await may_end.wait()
+
+        one = await scene.start("w1", Script(open=stubborn, fenced=False))
+        await scene.assign({0: ("w1",)})
+        await asyncio.wait_for(opening.wait(), 5.0)
+        assert one.worker.session is not None
+        one.worker.session.lose("the test")
+        await scene.until(lambda: one.exits == [70])
+        may_end.set()
+
+    on_scene(act)
+
+
 @pytest.mark.parametrize("place", ["open", "close"])
 def test_an_object_that_will_not_be_cancelled_holds_up_nobody(on_scene: Play, place: str) -> None:
     """Its time is over when it is over."""
