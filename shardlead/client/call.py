@@ -51,7 +51,6 @@ class Call:
     protocol: ResponseHandler | None = None
     stream: StreamReader | None = None  # its answer's body
     broken = ""  # why its answer cannot be made whole
-    _cancelling = 0
     _waker: asyncio.Future[None] | None = None
 
     def __init__(
@@ -72,6 +71,7 @@ class Call:
         self.body = body
         self.has_idempotency_key = has_idempotency_key
         self.task = task
+        self._cancelling = task.cancelling() if task is not None else 0  # before it is anybody's wish to end this
         self.timeout_ns = timeout_ns
         self.deadline_ns = deadline_ns
 
@@ -107,7 +107,6 @@ class Call:
         else:
             assert self.task is not None, "it has been sent by somebody"
             self.is_taken_back = True
-            self._cancelling = self.task.cancelling()
             self.task.cancel()
         return True
 

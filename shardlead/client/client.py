@@ -231,7 +231,7 @@ class Client:
         try:
             async with asyncio.timeout(self._settings.hold_timeout_s if timeout_s is None else timeout_s):
                 while True:
-                    if self._task is None:
+                    if self._pools is None:
                         raise _failure(_CLOSED, -1)
                     with suppress(RingError):
                         shard = self._view.map.shard_of(key)
@@ -412,8 +412,9 @@ class Client:
                 self._traffic.withdraw(call)
                 call.take_back()
                 call.fail(_CLOSED)
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        news, self._news = self._news, None
+        if news is not None and not news.done():
+            news.set_result(None)
 
     async def _sweep(self, pools: Pools) -> None:
         """End what has waited for too long."""

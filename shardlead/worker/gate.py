@@ -33,6 +33,7 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _RESERVED: Final = len(RESERVED_PREFIX)
 _STATUS_AT: Final = len("HTTP/1.1 ")
 _GOING_AWAY: Final = b"\x88\x02\x03\xe9"  # an unmasked WebSocket close frame, code 1001
+CLOSING_S: Final = 1.0  # for a peer to take the last bytes of a tunnel; then it is reset
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
 
 Bytes = bytes | bytearray | memoryview
@@ -54,6 +55,7 @@ class Gate:
 
     __slots__ = (
         "_admitted_ns",
+        "_closing",
         "_is_over",
         "_is_websocket",
         "_lead",
@@ -90,6 +92,7 @@ class Gate:
         self.is_tunnel = False
         self._is_over = False
         self._is_websocket = False
+        self._closing: asyncio.Transport | None = None  # of a tunnel that is closed and has not left yet
 
     def __repr__(self) -> str:
         state = "cut" if self.is_cut else "open" if self._lead is None else "guarded"
@@ -194,11 +197,14 @@ class Gate:
             transport = self._protocol.transport
             if self._is_websocket and transport is not None and not transport.is_closing():
                 transport.write(_GOING_AWAY)  # between two frames: each is written whole
+            if transport is not None and transport.get_write_buffer_size():  # the peer may never take it
+                self._closing = transport
+                self._loop.call_later(CLOSING_S, self.reset)
         self._protocol.force_close()
 
     def reset(self) -> None:
         """Drop what has not left yet and reset the connection, so that the peer sees an error, never an end."""
-        transport = self._protocol.transport
+        transport = self._protocol.transport or self._closing
         if transport is not None:
             sock = transport.get_extra_info("socket")
             if sock is not None:

@@ -6,6 +6,7 @@ Only a fence at the resource can (`shardlead.fencing`).
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -115,14 +116,28 @@ class Leadership:
             asyncio.get_running_loop().call_soon(self._on_unknown, reason)
 
     async def run_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a blocking function in a thread. The leadership counts it as work: it is not passed on before the
-        function has returned. A thread cannot be cancelled: check the leadership inside it before each effect."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        """Run a blocking function in a thread of the worker's pool. The leadership counts it as work: it is not
+        passed on before the function has returned. A thread cannot be cancelled: check the leadership inside it before
+        each effect. One that has not begun is not begun any more once it is cancelled, or the leadership lost."""
+        started = threading.Lock()  # taken by whoever comes first: the thread, or a cancellation
+
+        def begin() -> R:
+            if self._lost or not started.acquire(blocking=False):
+                raise LeadershipLost(self.shard, self.epoch, self._lost or "cancelled before it began")
+            return function(*args, **kwargs)
+
+        future: asyncio.Future[R] = asyncio.get_running_loop().run_in_executor(self._executor, begin)
         threads: set[asyncio.Future[R]] = self._threads  # type: ignore[assignment]  # only waited for, never read
         threads.add(future)
         future.add_done_callback(self._thread_ended)
-        return await asyncio.shield(future)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if started.acquire(blocking=False):
+                threads.discard(future)
+                future.remove_done_callback(self._thread_ended)
+                future.add_done_callback(lambda ended: ended.exception())  # nobody else asks for it
+            raise
 
     # --- for the runtime alone ---
 

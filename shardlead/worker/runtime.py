@@ -14,6 +14,7 @@ import os
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -55,6 +56,7 @@ log = logging.getLogger("shardlead.worker")
 
 REJOIN_S: Final = 0.2  # first pause before a session is opened again after a failure; doubles
 REJOIN_MAX_S: Final = 2.0
+BLOCKING_THREADS_MAX: Final = 32  # of `lead.run_blocking`, for all shards of a worker
 STORE_AWAY_S: Final = 3.0  # a stop that has lost its store waits so long for it: an etcd leader change takes 1 to 3 s
 SOUND_SESSION_S: Final = 2.0  # a session that lasts so long is followed by the next at once
 
@@ -270,6 +272,10 @@ class Worker:
             self._audit = AuditLog.open(settings.worker.audit_dir, self.name, self._clock)
             self._stack.callback(self._audit.close)
         self._factory = await self._stack.enter_async_context(self._application.factory())
+        # The application's threads have a pool of their own: were it the loop's, look-ups of names, on which the
+        # lease's renewal depends, and the controller's planning would wait for them.
+        threads = ThreadPoolExecutor(BLOCKING_THREADS_MAX, thread_name_prefix="shardlead-blocking")
+        self._stack.callback(threads.shutdown, wait=False, cancel_futures=True)
         self._host = await self._stack.enter_async_context(
             Host(
                 settings.worker,
@@ -280,6 +286,7 @@ class Worker:
                 clock=self._clock,
                 rng=self._rng,
                 metrics=self._metrics,
+                executor=threads,
                 exit_process=self._exit_process,
                 audit=self._audit,
             )

@@ -10,6 +10,8 @@ import aiohttp
 import pytest
 
 from shardlead.client import Client, Led
+from shardlead.client.body import body_of
+from shardlead.client.call import WAITING, Call
 from shardlead.errors import AnswerBroken, OutcomeUnknown, RequestError, StoreUnavailable, Unserved
 from shardlead.store.base import Delete
 from tests.client.support import ClientStage, client_stage, drop, reset
@@ -36,6 +38,42 @@ async def pieces(count: int, size: int = 1_000) -> AsyncIterator[bytes]:
 
 
 # --- what is sent --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["taken back", "cancelled, taken back", "taken back, cancelled"])
+def test_a_cancellation_by_the_caller_is_never_taken_for_ones_own(order: str) -> None:
+    """A call that waits for a connection is taken back in the same turn of the loop in which its caller gives it up."""
+
+    async def main() -> None:
+        made: asyncio.Future[Call] = asyncio.get_running_loop().create_future()
+
+        async def ask() -> str:
+            task = asyncio.current_task()
+            call = Call(1, "POST", 0, await body_of(None, None), has_idempotency_key=False, task=task,
+                        timeout_ns=1, deadline_ns=1)  # fmt: skip
+            call.state = WAITING
+            made.set_result(call)
+            try:
+                await asyncio.sleep(10.0)
+            except asyncio.CancelledError:
+                if not call.was_taken_back():
+                    raise
+            return "goes on"
+
+        asking = asyncio.create_task(ask())
+        call = await made
+        for deed in order.split(", "):
+            if deed == "cancelled":
+                asking.cancel()
+            else:
+                assert call.take_back()
+        if order == "taken back":
+            assert await asking == "goes on"
+        else:
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("is_uvloop", [True, False])

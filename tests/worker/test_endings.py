@@ -1,7 +1,9 @@
 """How work ends: writes of unknown outcome, drains with threads and background work, work that enters twice."""
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import pytest
@@ -263,6 +265,58 @@ def test_a_drain_waits_for_threads(is_fenced: bool) -> None:
         assert ended, "it was passed on while the function ran"
         await scene.until_serving("w2", 0)
         assert one.exits == []
+
+    play("embedded", act)
+
+
+def test_a_function_whose_thread_has_not_begun_is_not_run_after_the_end() -> None:
+    """Cancelled, or of a lost leadership: it is no work of that leadership any more."""
+
+    class Always:
+        def is_valid(self, need_s: float) -> bool:
+            return need_s >= 0.0
+
+    async def main() -> None:
+        ran: list[str] = []
+        may_end = threading.Event()
+        with ThreadPoolExecutor(1) as threads:
+            lead = Leadership(1, 2, "w1", Always(), threads)
+            running = asyncio.create_task(lead.run_blocking(may_end.wait, 10.0))
+            cancelled = asyncio.create_task(lead.run_blocking(ran.append, "cancelled"))
+            lost = asyncio.create_task(lead.run_blocking(ran.append, "lost"))
+            await asyncio.sleep(0)
+            assert len(lead.threads) == 3
+            cancelled.cancel()
+            await asyncio.wait({cancelled})
+            assert len(lead.threads) == 2
+            lead.revoke("the test")
+            may_end.set()
+            assert await running
+            with pytest.raises(LeadershipLost):
+                await lost
+        assert ran == []
+        assert not lead.threads
+
+    asyncio.run(main())
+
+
+def test_threads_of_the_application_keep_nobody_elses_work_waiting() -> None:
+    """Look-ups of names and the controller's planning use the loop's own threads."""
+
+    async def act(scene: Scene) -> None:
+        may_end = threading.Event()
+        one = await scene.start("w1")
+        await scene.assign({0: ("w1",)})
+        await scene.until_serving("w1", 0)
+        async with one.request(0) as subject:
+            work = [asyncio.create_task(subject.lead.run_blocking(may_end.wait, 20.0)) for _ in range(100)]
+            await asyncio.sleep(0)
+            try:
+                await asyncio.wait_for(asyncio.get_running_loop().getaddrinfo("localhost", 1), 5.0)
+                await asyncio.wait_for(asyncio.to_thread(int), 5.0)
+            finally:
+                may_end.set()
+            assert all(await asyncio.gather(*work))
 
     play("embedded", act)
 

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -579,6 +580,41 @@ def test_a_websocket_works_and_closes_at_once_on_drain(loop: str, caplog: pytest
 
     play(loop, main())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_websocket_whose_peer_reads_nothing_does_not_hold_up_a_drain(loop: str) -> None:
+    """What it has not taken within a second it never gets: the connection is reset."""
+
+    async def main() -> None:
+        async with staged(drain_timeout_s=30.0) as stage, aiohttp.ClientSession() as session:
+            is_full = asyncio.Event()
+
+            @stage.on("/ws")
+            async def flood(lead: Leadership, request: web.Request) -> web.StreamResponse:
+                ws = web.WebSocketResponse()
+                await ws.prepare(request)
+                while True:
+                    sending = asyncio.ensure_future(ws.send_bytes(bytes(1_000_000)))
+                    try:
+                        async with asyncio.timeout(0.3):
+                            await asyncio.shield(sending)
+                    except TimeoutError:
+                        is_full.set()
+                        await sending
+
+            async with session.ws_connect(ws_url(stage), headers=words(), max_msg_size=0) as ws:
+                await is_full.wait()
+                began = time.monotonic()
+                stage.hand_over()
+                await stage.until(SHARD, Idle)
+                assert time.monotonic() - began < 10.0
+                assert stage.speaker.passed
+                while (message := await ws.receive()).type is aiohttp.WSMsgType.BINARY:
+                    pass
+                assert message.type is not aiohttp.WSMsgType.TEXT
+                assert ws.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE
+
+    play(loop, main())
 
 
 def test_a_websocket_that_would_open_in_a_drain_is_for_the_next_leader(loop: str) -> None:
