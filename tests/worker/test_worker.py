@@ -20,6 +20,7 @@ from shardlead.core.ownership import Due, Serving, Waiting
 from shardlead.errors import Fenced, LeadershipLost, MetaMismatch, NotLeading, StoreUnavailable, WriteUnknown
 from shardlead.parent import WillReader
 from shardlead.store.base import Delete, Put
+from shardlead.worker import steward
 from shardlead.worker.leadership import Leadership
 from shardlead.worker.runtime import STORE_AWAY_S
 from shardlead.worker.will import LastWill
@@ -195,8 +196,9 @@ def test_a_planned_move_lets_the_running_request_end_first(on_each: Play) -> Non
     on_each(act)
 
 
-def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play) -> None:
-    """By wants of the first in each order; nothing is ever without a leader."""
+def test_a_graceful_stop_hands_everything_to_the_successors(on_each: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By wants of the first in each order; nothing is ever without a leader, however slow the machine is just now."""
+    monkeypatch.setattr(steward, "RESIGN_AFTER_S", steward.RESIGN_AFTER_MAX_S)
 
     async def act(scene: Scene) -> None:
         one, _ = await led_by_first(scene, "w1", "w2")
