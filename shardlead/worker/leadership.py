@@ -136,7 +136,7 @@ class Leadership:
             if started.acquire(blocking=False):
                 threads.discard(future)
                 future.remove_done_callback(self._thread_ended)
-                future.add_done_callback(lambda ended: ended.exception())  # nobody else asks for it
+                future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks
             raise
 
     # --- for the runtime alone ---

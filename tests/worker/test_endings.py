@@ -300,6 +300,32 @@ def test_a_function_whose_thread_has_not_begun_is_not_run_after_the_end() -> Non
     asyncio.run(main())
 
 
+def test_a_pool_that_ends_drops_cancelled_functions_without_a_word() -> None:
+    """A worker stops while functions that nobody waits for are still queued: no error is told of."""
+
+    class Always:
+        def is_valid(self, need_s: float) -> bool:
+            return need_s >= 0.0
+
+    async def main() -> None:
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        may_end = threading.Event()
+        threads = ThreadPoolExecutor(1)
+        lead = Leadership(1, 2, "w1", Always(), threads)
+        running = asyncio.create_task(lead.run_blocking(may_end.wait, 10.0))
+        cancelled = asyncio.create_task(lead.run_blocking(may_end.wait, 10.0))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+        threads.shutdown(wait=False, cancel_futures=True)
+        may_end.set()
+        assert await running
+        assert told == []
+
+    asyncio.run(main())
+
+
 def test_threads_of_the_application_keep_nobody_elses_work_waiting() -> None:
     """Look-ups of names and the controller's planning use the loop's own threads."""
 
